@@ -1,0 +1,69 @@
+# `make run` and `make test` are all that a newcomer needs; each sets up .venv when it is missing.
+.DEFAULT_GOAL := help
+.PHONY: help run test setup lab sync policy lint lock clean
+
+PROFILE ?= quick
+SYSTEM_PYTHON ?= python3
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# Bars are for people: in a notebook's outputs they would only differ from run to run.
+QUIET := TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1
+# Parameters of the chapters that the command line may set, in the notebooks' own names.
+CHANGES = $(if $(MODEL),model=$(MODEL)) $(if $(PROBLEMS),problems=$(PROBLEMS)) $(if $(DEVICE),device=$(DEVICE))
+
+help:
+	@echo "make run      execute every chapter into results/$(PROFILE)/; CHAPTER=01 PROFILE=full MODEL=... PROBLEMS=... DEVICE=cuda"
+	@echo "make test     unit tests, and every notebook's stored outputs"
+	@echo "make setup    only set up .venv"
+	@echo "make lab      open the chapters in JupyterLab"
+	@echo "make sync     pair scripts and notebooks; store the outputs of those that changed, or of CHAPTER=01"
+	@echo "make policy   generate the problems again and train the shipped policy again (20 minutes on two cores)"
+	@echo "make lint     ruff over everything"
+	@echo "make lock     refresh constraints.txt"
+	@echo "make clean    remove what was built: .venv, results, caches"
+
+run: $(READY)
+	@$(QUIET) $(PYTHON) notebooks/run.py run --profile $(PROFILE) $(if $(CHAPTER),--chapter $(CHAPTER)) --set $(CHANGES)
+
+test: $(READY)
+	$(QUIET) $(PYTHON) -m pytest --nbval --doctest-modules
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit("deltah needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set SYSTEM_PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
+	@echo "Setting up $(VENV) with the versions of constraints.txt; this takes a few minutes, once."
+	@$(SYSTEM_PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m pip install --quiet --constraint constraints.txt setuptools
+	@$(PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[notebooks,dev]"
+	@touch $(READY)
+	@echo "$(VENV) is ready."
+
+lab: $(READY)
+	$(VENV)/bin/jupyter lab notebooks
+
+sync: $(READY)
+	@$(QUIET) $(PYTHON) notebooks/run.py sync $(if $(CHAPTER),--chapter $(CHAPTER))
+
+policy: $(READY)
+	$(PYTHON) data/make_problems.py
+	$(PYTHON) data/train_policy.py
+	$(PYTHON) data/measure_policy.py
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+
+# Torch is held: a newer one breaks others. "+cpu" and its like name a build, not a version.
+lock:
+	@rm -rf .venv-lock
+	@$(SYSTEM_PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/pip install --quiet setuptools "$$(grep '^torch==' constraints.txt)"
+	@.venv-lock/bin/pip install --quiet --no-build-isolation --editable ".[notebooks,dev]"
+	@.venv-lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+[a-z0-9.]*$$//' > constraints.txt.partial
+	@mv constraints.txt.partial constraints.txt
+	@rm -rf .venv-lock
+
+clean:
+	rm -rf $(VENV) results .pytest_cache .ruff_cache .hypothesis lib/*.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
