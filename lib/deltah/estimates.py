@@ -1,0 +1,113 @@
+"""A number with its standard error: what every estimator of this library returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import t as student_t
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimated value, its standard error, and what each sample contributed to it.
+
+    Attributes:
+        value: the estimate.
+        standard_error: of `value`; NaN where a single cluster leaves it unknown.
+        count: independent samples (clusters) behind the standard error.
+        contributions: [N], one term for each sample; their mean is `value`. None where there is none.
+
+    >>> Estimate(-0.01234, 0.00041, 100)
+    -0.0123 ± 0.0004
+    """
+
+    value: float
+    standard_error: float
+    count: int
+    contributions: Tensor | None = None
+
+    @classmethod
+    def mean(cls, contributions: Tensor, clusters: Tensor | None = None) -> Estimate:
+        """The mean of `contributions`, with a standard error that takes a cluster as the unit of sampling.
+
+        Args:
+            contributions: [N], any floating dtype; summed in float64.
+            clusters: [N] integers; samples with the same one (rollouts of one prompt) may depend on each
+                other. None: all are independent.
+
+        Raises:
+            ValueError: empty or non-finite contributions, or clusters of another shape.
+
+        >>> Estimate.mean(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        2.5 ± 0.6
+        """
+        _check(contributions, "contributions", clusters)
+        contributions = contributions.detach().double()
+        value = contributions.mean()
+        residuals = contributions - value
+        if clusters is not None:
+            _, index = clusters.to(residuals.device).unique(return_inverse=True)
+            residuals = residuals.new_zeros(int(index.max()) + 1).index_add(0, index, residuals)
+        count = len(residuals)
+        variance = residuals.square().sum() / len(contributions) ** 2
+        error = math.sqrt(variance * count / (count - 1)) if count > 1 else math.nan
+        return cls(float(value), error, count, contributions)
+
+    @classmethod
+    def ratio(cls, numerators: Tensor, denominators: Tensor, clusters: Tensor | None = None) -> Estimate:
+        """The ratio of two means, such as entropy per token, with the standard error of its linearisation.
+
+        Args:
+            numerators, denominators: [N]; the value is mean(numerators) / mean(denominators).
+            clusters: [N] integers, as for `mean`.
+
+        Raises:
+            ValueError: as for `mean`, or denominators whose mean is 0.
+
+        >>> Estimate.ratio(torch.tensor([2.0, 3.0, 7.0]), torch.tensor([1.0, 2.0, 3.0]))
+        2.0 ± 0.3
+        """
+        _check(numerators, "numerators", clusters)
+        _check(denominators, "denominators", clusters)
+        if denominators.shape != numerators.shape:
+            raise ValueError(f"denominators: expected shape {list(numerators.shape)}, got {list(denominators.shape)}")
+        numerators, denominators = numerators.detach().double(), denominators.detach().double()
+        scale = denominators.mean()
+        if scale == 0:
+            raise ValueError("denominators: expected a mean other than 0")
+        value = numerators.mean() / scale
+        return cls.mean(value + (numerators - value * denominators) / scale, clusters)
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """The two-sided confidence interval of Student's t with `count` − 1 degrees of freedom.
+
+        Raises:
+            ValueError: `level` outside (0, 1).
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+        if self.count < 2:
+            return -math.inf, math.inf
+        reach = float(student_t.ppf(0.5 + level / 2, self.count - 1)) * self.standard_error
+        return self.value - reach, self.value + reach
+
+    def __repr__(self) -> str:
+        if not math.isfinite(self.standard_error) or self.standard_error == 0:
+            return f"{self.value:.6g} ± {self.standard_error:.1g}"
+        decimals = -math.floor(math.log10(self.standard_error))
+        # An error of 0.0096 rounds up to 0.01: one decimal fewer then shows one digit.
+        decimals = -math.floor(math.log10(round(self.standard_error, decimals)))
+        shown = max(decimals, 0)
+        return f"{round(self.value, decimals):.{shown}f} ± {round(self.standard_error, decimals):.{shown}f}"
+
+
+def _check(samples: Tensor, name: str, clusters: Tensor | None) -> None:
+    if samples.ndim != 1 or len(samples) == 0:
+        raise ValueError(f"{name}: expected shape [N] with N ≥ 1, got {list(samples.shape)}")
+    if not torch.isfinite(samples).all():
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    if clusters is not None and clusters.shape != samples.shape:
+        raise ValueError(f"clusters: expected shape {list(samples.shape)}, got {list(clusters.shape)}")

@@ -1,0 +1,49 @@
+"""The plotting style that chapters share, and where their figures go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from deltah.estimates import Estimate
+
+# One marker and one dash for each colour, so that a figure survives being printed in grey.
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", "-.", ":")
+
+
+def use_style() -> None:
+    """Set the style of every figure that follows: colours that colour-blind readers can tell apart."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={
+        "figure.figsize": (7.0, 4.2), "figure.dpi": 110, "figure.constrained_layout.use": True,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.35,
+        "axes.titlesize": "medium", "axes.titlelocation": "left", "legend.frameon": False})
+
+
+def save(figure: Figure, results: str | Path, name: str) -> None:
+    """Write a figure to `<results>/figures/<name>.png`."""
+    folder = Path(results) / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{name}.partial.png"
+    figure.savefig(partial, dpi=160)
+    os.replace(partial, folder / f"{name}.png")
+
+
+def estimates(axes: Axes, x: Sequence[float], values: Sequence[Estimate], index: int, label: str) -> None:
+    """Draw estimates with their 95% intervals as curve number `index`, which decides colour, marker and dash."""
+    centre = [e.value for e in values]
+    reach = [e.interval()[1] - e.value for e in values]
+    axes.errorbar(x, centre, yerr=reach, capsize=3, label=label, color=f"C{index}",
+                  marker=MARKERS[index % len(MARKERS)], linestyle=DASHES[index % len(DASHES)])
+
+
+def pivot(table: pd.DataFrame, values: str, index: str, columns: Sequence[str]) -> pd.DataFrame:
+    """A table of estimates, printed as `value ± error`, with one row for each `index`."""
+    shown = table.assign(**{values: table[values].map(repr), index: table[index].map("{:g}".format)})
+    return shown.pivot(index=index, columns=list(columns), values=values).loc[shown[index].unique()]

@@ -1,0 +1,157 @@
+"""The ledger: what a source states, what was measured, and the verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+HOLDS, CORRECTED, REFUTED = "holds", "holds with a correction", "refuted"
+
+
+class LedgerError(AssertionError):
+    """A check that did not come out as its entry says."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One entry; `expected` is the corrected value for a correction, the source's value for a refutation."""
+
+    id: str
+    chapter: str
+    source: str
+    section: str
+    statement: str
+    measured: float
+    expected: float
+    tolerance: float
+    verdict: str
+    correction: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """`measured` beside `expected`, rounded to the tolerance, so that it reads the same on every machine."""
+        sign = "≠" if self.verdict == REFUTED else "="
+        return f"{_rounded(self.measured, self.tolerance)} {sign} {_rounded(self.expected, self.tolerance)}"
+
+
+def _rounded(value: float, tolerance: float) -> str:
+    if value == 0 or abs(value) < tolerance:
+        return "0"
+    digits = max(1, len(str(int(abs(value) / tolerance))))
+    return f"{value:.{min(digits, 4)}g}"
+
+
+@dataclass(repr=False)
+class Ledger:
+    """The claims of one chapter. Each check raises `LedgerError` when it does not come out as it says.
+
+    Args:
+        chapter: its number, such as "01".
+        source: the source that its claims come from, unless a check names another.
+
+    >>> ledger = Ledger("01", "arXiv 2510.23142")
+    >>> ledger.holds("01.1", "abstract", "s = exp(ΔH)", measured=1.0000001, expected=1.0, tolerance=1e-5)
+    >>> ledger.claims["01.1"].verdict
+    'holds'
+    """
+
+    chapter: str
+    source: str
+    claims: dict[str, Claim] = field(default_factory=dict)
+
+    def holds(self, id: str, section: str, statement: str, *, measured: float, expected: float, tolerance: float,
+              source: str | None = None) -> None:
+        """Enter a statement that is true: `measured` is within `tolerance` of `expected`."""
+        self._enter(Claim(id, self.chapter, source or self.source, section, statement, float(measured),
+                          float(expected), float(tolerance), HOLDS))
+
+    def corrected(self, id: str, section: str, statement: str, *, correction: str, measured: float, expected: float,
+                  as_printed: float, tolerance: float, source: str | None = None) -> None:
+        """Enter a statement that needs `correction`: `expected`, with it, is met, and `as_printed` is not."""
+        if abs(measured - as_printed) <= tolerance:
+            raise LedgerError(f"{id}: {measured} is within {tolerance} of {as_printed}: the statement needs no "
+                              "correction as far as this check can tell")
+        note = f"{correction} (as printed: {as_printed:.3g})"
+        self._enter(Claim(id, self.chapter, source or self.source, section, statement, float(measured),
+                          float(expected), float(tolerance), CORRECTED, note))
+
+    def refuted(self, id: str, section: str, statement: str, *, counterexample: str, measured: float, expected: float,
+                tolerance: float, source: str | None = None) -> None:
+        """Enter a statement that is false: `measured` is further than `tolerance` from `expected`, its value."""
+        self._enter(Claim(id, self.chapter, source or self.source, section, statement, float(measured),
+                          float(expected), float(tolerance), REFUTED, counterexample))
+
+    def _enter(self, claim: Claim) -> None:
+        if not math.isfinite(claim.measured):
+            raise LedgerError(f"{claim.id} ({claim.statement}): measured {claim.measured}")
+        agrees = abs(claim.measured - claim.expected) <= claim.tolerance
+        if agrees == (claim.verdict == REFUTED):
+            raise LedgerError(f"{claim.id} ({claim.statement}): entered as '{claim.verdict}', but measured "
+                              f"{claim.measured} against {claim.expected}, tolerance {claim.tolerance}")
+        self.claims[claim.id] = claim
+
+    def __repr__(self) -> str:
+        return f"Ledger of chapter {self.chapter}: {summarise(self.claims.values())}"
+
+    def _repr_markdown_(self) -> str:
+        return markdown(self.claims.values())
+
+    def save(self, results: str | Path) -> None:
+        """Write the claims to `<results>/ledger/<chapter>.json`, where `collect` finds them."""
+        folder = Path(results) / "ledger"
+        folder.mkdir(parents=True, exist_ok=True)
+        claims = [asdict(claim) for claim in self.claims.values()]
+        _write(folder / f"{self.chapter}.json", json.dumps(claims, indent=1, ensure_ascii=False))
+
+
+def collect(results: str | Path) -> list[Claim]:
+    """All claims that chapters saved under `results`, in the order of chapters.
+
+    Raises:
+        ValueError: an id that occurs twice.
+    """
+    claims = [Claim(**claim) for path in sorted((Path(results) / "ledger").glob("*.json"))
+              for claim in json.loads(path.read_text())]
+    twice = [id for id, count in Counter(claim.id for claim in claims).items() if count > 1]
+    if twice:
+        raise ValueError(f"results: these claims occur twice: {', '.join(twice)}")
+    return claims
+
+
+def summarise(claims: Iterable[Claim]) -> str:
+    """One line: how many claims hold, hold with a correction, or are refuted.
+
+    >>> summarise([])
+    '0 claims: 0 holds, 0 holds with a correction, 0 refuted'
+    """
+    counts = Counter(claim.verdict for claim in claims)
+    return f"{counts.total()} claims: " + ", ".join(f"{counts[v]} {v}" for v in (HOLDS, CORRECTED, REFUTED))
+
+
+def write_summary(results: str | Path) -> list[Claim]:
+    """Write every chapter's claims to `<results>/ledger.json` and `<results>/ledger.md`, and return them."""
+    claims, results = collect(results), Path(results)
+    _write(results / "ledger.json", json.dumps([asdict(claim) for claim in claims], indent=1, ensure_ascii=False))
+    _write(results / "ledger.md", f"# Ledger\n\n{summarise(claims)}.\n\n{markdown(claims)}\n")
+    return claims
+
+
+def markdown(claims: Iterable[Claim]) -> str:
+    """The claims as a Markdown table."""
+    lines = ["| id | source | section | statement | measured | verdict | correction or counterexample |",
+             "|---|---|---|---|---|---|---|"]
+    for c in claims:
+        cells = (c.id, c.source, c.section, c.statement, c.shown, c.verdict, c.correction or "")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -1,0 +1,208 @@
+"""A policy: a transformers causal language model, its tokenizer, and the parameters that may change."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+# Logits that one batch may hold: past 2^22 the CPU spends its time on fresh memory, below 2^28 a GPU idles.
+LOGITS_ON_CPU, LOGITS_ON_GPU = 2**22, 2**28
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+class Policy:
+    """Wraps any transformers causal language model as a distribution over responses.
+
+    The model is put into evaluation mode: dropout would make log-probs random.
+
+    Args:
+        model: a transformers causal LM, on the device and in the dtype that it is to run in.
+        tokenizer: its tokenizer; None for a policy that is only ever given token ids.
+
+    Attributes:
+        parameters: dict of the trainable parameters by name; tied ones appear once.
+        eos_token_ids: the tokens that end a response, from the tokenizer and the generation config.
+        context_length: the longest sequence that the model takes; None where it has no limit.
+
+    Raises:
+        TypeError: `model` is not a transformers model.
+        ValueError: `model` cannot produce logits, or `tokenizer` has no end-of-sequence token.
+
+    >>> policy = Policy(model, tokenizer)                                    # doctest: +SKIP
+    >>> policy.logits(input_ids, attention_mask, keep=4).shape               # doctest: +SKIP
+    torch.Size([2, 4, 512])
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"model: expected a transformers causal LM, got {type(model).__name__}")
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"model: expected a causal LM with an output layer, got {type(model).__name__}")
+        if tokenizer is not None and tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer: has no end-of-sequence token, so no response would ever end; "
+                             "set tokenizer.eos_token to one of its tokens")
+        self.model = model.eval()
+        if self.dtype == torch.float64 and getattr(model.config, "_experts_implementation", None):
+            # The grouped matrix product of mixtures of experts has no float64.
+            model.set_experts_implementation("eager")
+        self.tokenizer = tokenizer
+        config = model.config.get_text_config()
+        self.vocabulary_size: int = config.vocab_size
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocabulary_size)
+        self._accepts = inspect.signature(model.forward).parameters
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def rows_at_once(self, positions: int) -> int:
+        """How many sequences to run in one batch, with logits at `positions` positions each."""
+        budget = LOGITS_ON_CPU if self.device.type == "cpu" else LOGITS_ON_GPU
+        return max(1, budget // (self.vocabulary_size * positions))
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, keep: int,
+               parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Next-token logits at the last `keep` positions.
+
+        Args:
+            input_ids: [N, L] token ids, padded on either side.
+            attention_mask: [N, L] bool, True at tokens.
+            keep: how many of the last positions to return logits for.
+            parameters: values to use in place of the model's own, by name; they may carry gradients or
+                tangents. None: the model's own.
+
+        Returns:
+            [N, keep, V] in the model's dtype.
+        """
+        arguments = self.model_arguments(attention_mask, input_ids=input_ids, use_cache=False)
+        if "logits_to_keep" in self._accepts:
+            arguments["logits_to_keep"] = keep
+        if parameters is None:
+            output = self.model(**arguments)
+        else:
+            output = torch.func.functional_call(self.model, dict(parameters), (), arguments)
+        return output.logits[:, -keep:]
+
+    def shifted(self, direction: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
+        """The parameters θ + step · v, for `score(..., parameters=...)`; the model's own stay as they are.
+
+        Args:
+            direction: v, by name, of the parameters' shapes; those it leaves out stay where they are.
+            step: the step size η.
+
+        Raises:
+            ValueError: a name that is not a trainable parameter's, or a shape that differs.
+        """
+        own = self.parameters
+        for name, v in direction.items():
+            if name not in own or v.shape != own[name].shape:
+                expected = f"shape {list(own[name].shape)}" if name in own else "the name of a trainable parameter"
+                raise ValueError(f"direction[{name!r}]: expected {expected}, got {name!r} of shape {list(v.shape)}")
+        return {name: p.detach() + step * direction[name] if name in direction else p.detach()
+                for name, p in own.items()}
+
+    def model_arguments(self, attention_mask: Tensor, **arguments: Any) -> dict[str, Any]:
+        """Keyword arguments for the model: positions count tokens, so that left padding shifts nothing."""
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if "position_ids" in self._accepts:
+            arguments["position_ids"] = positions[:, -arguments["input_ids"].shape[1]:]
+        return {"attention_mask": attention_mask.long(), **arguments}
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt, special tokens included.
+
+        Raises:
+            ValueError: no prompts, an empty one, or a policy without a tokenizer.
+            TypeError: a prompt that is not a string.
+        """
+        if self.tokenizer is None:
+            raise ValueError("policy: has no tokenizer to read prompts with; pass one to Policy(model, tokenizer)")
+        if isinstance(prompts, str):
+            raise TypeError("prompts: expected a list of strings, got a single string")
+        prompts = list(prompts)
+        if not prompts:
+            raise ValueError("prompts: expected at least one prompt, got none")
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise TypeError(f"prompts[{i}]: expected a string, got {type(prompt).__name__}")
+        encoded = self.tokenizer(prompts)["input_ids"]
+        for i, ids in enumerate(encoded):
+            if not ids:
+                raise ValueError(f"prompts[{i}]: expected some text, got {prompts[i]!r}, which has no tokens")
+        return encoded
+
+    def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
+        """The text of each row's tokens where `mask` [N, T] is True, special tokens left out."""
+        rows = [row[kept].tolist() for row, kept in zip(tokens.cpu(), mask.cpu(), strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, size: int) -> tuple[int, ...]:
+    sources = [model.config.get_text_config(), getattr(model, "generation_config", None)]
+    found = {tokenizer.eos_token_id} if tokenizer is not None else set()
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        found.update(ids if isinstance(ids, (list, tuple)) else [ids])
+    # A default of the config class may lie outside a small vocabulary.
+    return tuple(sorted(i for i in found if i is not None and 0 <= i < size))
+
+
+def load_policy(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "float32") -> Policy:
+    """Load a policy from a folder or from the Hugging Face hub; safetensors only, no remote code.
+
+    Args:
+        path: a folder written by `save_pretrained`, or a hub id such as "Qwen/Qwen2.5-0.5B".
+        device: "cpu", "cuda", "cuda:1", ..., or "auto": CUDA where there is any, else the CPU.
+        dtype: "float32", "float64" or "bfloat16".
+
+    Raises:
+        ValueError: no loadable model there, weights that are damaged or missing, a tokenizer without an
+            end-of-sequence token, or a device or dtype that does not exist.
+
+    >>> load_policy("data/policy").vocabulary_size                           # doctest: +SKIP
+    434
+    """
+    dtype = DTYPES.get(str(dtype).removeprefix("torch."))
+    if dtype is None:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}")
+    device = _find_device(device)
+    expected = "expected a folder with config.json, model.safetensors and a tokenizer, or a hub id"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    except Exception as error:  # transformers raises a dozen types here; each means that nothing was loaded
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"path: could not load a policy from {str(path)!r}; {expected} ({reason})") from error
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ValueError(f"path: the weights in {str(path)!r} lack {len(report['missing_keys'])} tensors of the model, "
+                         f"such as {missing}")
+    return Policy(model.to(device), tokenizer)
+
+
+def _find_device(device: str | torch.device) -> torch.device:
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        expected = "expected 'auto', 'cpu' or an available 'cuda' device"
+        raise ValueError(f"device: {expected}, got {str(device)!r}") from error
+    return found

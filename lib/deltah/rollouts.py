@@ -1,0 +1,331 @@
+"""Rollouts: responses sampled from a policy, as one frozen dataclass of tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+
+from deltah.policies import Policy
+from deltah.problems import score_answers
+
+FORMAT = "deltah.rollouts/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """N responses of at most T tokens to prompts of at most P tokens.
+
+    Attributes:
+        input_ids: [N, P+T] int64; prompts left-padded, responses right-padded.
+        attention_mask: [N, P+T] bool, True at the tokens of prompt and response.
+        response_mask: [N, T] bool, True from the response's first token to its first EOS, inclusive.
+        prompt_index: [N] int64; rollouts of one prompt share it: the unit of sampling.
+        rewards: [N] floating, or None.
+        advantages: [N] floating, or None.
+        temperature: at which the responses were sampled, and are to be scored.
+
+    Raises:
+        ValueError: shapes that do not fit each other, a mask with a hole, an empty prompt or response, or a
+            temperature that is not positive. TypeError: a field of the wrong type.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    prompt_index: Tensor
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, kind in (("input_ids", "integer"), ("attention_mask", "mask"), ("response_mask", "mask"),
+                           ("prompt_index", "integer"), ("rewards", "number"), ("advantages", "number")):
+            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+        if self.input_ids.ndim != 2 or 0 in self.input_ids.shape:
+            raise ValueError(f"input_ids: expected shape [N, P+T], got {list(self.input_ids.shape)}")
+        n, width = self.input_ids.shape
+        if self.response_mask.ndim != 2 or len(self.response_mask) != n or not 0 < self.response_mask.shape[1] < width:
+            raise ValueError(f"response_mask: expected shape [{n}, T] with 0 < T < {width}, "
+                             f"got {list(self.response_mask.shape)}")
+        for name, shape in (("attention_mask", (n, width)), ("prompt_index", (n,)), ("rewards", (n,)),
+                            ("advantages", (n,))):
+            value = getattr(self, name)
+            if value is not None and value.shape != shape:
+                raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
+        prompt, response = self.attention_mask.split([self.prompt_length, self.response_mask.shape[1]], dim=1)
+        _check_runs("attention_mask: prompts are left-padded; row {} has padding after a token",
+                    prompt[:, :-1] & ~prompt[:, 1:])
+        _check_runs("attention_mask: expected a prompt token in every row; row {} has none", ~prompt[:, -1:])
+        _check_runs("response_mask: responses are right-padded; row {} has a token after padding",
+                    ~self.response_mask[:, :-1] & self.response_mask[:, 1:])
+        _check_runs("response_mask: expected a token in every response; row {} is empty", ~self.response_mask[:, :1])
+        _check_runs("attention_mask: expected True wherever response_mask is; row {} is not",
+                    self.response_mask & ~response)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def prompt_length(self) -> int:
+        """P, the width of the padded prompts."""
+        return self.input_ids.shape[1] - self.response_mask.shape[1]
+
+    @property
+    def response_ids(self) -> Tensor:
+        """[N, T], the responses' tokens."""
+        return self.input_ids[:, self.prompt_length:]
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N], tokens in each response, its EOS included."""
+        return self.response_mask.sum(1)
+
+    def replace(self, **changes: Tensor | float) -> Rollouts:
+        """A copy with some fields changed, such as `advantages`."""
+        return replace(self, **changes)
+
+    def select(self, rows: Tensor | slice) -> Rollouts:
+        """The rollouts at `rows`: a slice, indices, or a mask [N]."""
+        return replace(self, **{name: value[rows] for name, value in self._tensors().items()})
+
+    def to(self, device: torch.device | str) -> Rollouts:
+        """The same rollouts on another device."""
+        return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file, under a temporary name that then takes the file's place."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self._tensors().items()}
+        try:
+            save_file(tensors, partial, metadata={"format": FORMAT, "temperature": repr(float(self.temperature))})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Rollouts:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: nothing at `path`.
+            ValueError: a file that is truncated, or holds something else than rollouts.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: no rollouts file at {str(path)!r}")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"path: expected a file written by Rollouts.save ({FORMAT}), got {str(path)!r} "
+                                     f"with format {metadata.get('format')}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"path: {str(path)!r} is truncated or no safetensors file ({error})") from error
+        return cls(**tensors, temperature=float(metadata["temperature"]))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _checked(name: str, value: Tensor | None, kind: str) -> Tensor | None:
+    if value is None and kind == "number":
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if kind == "number":
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: expected floating-point numbers, got {value.dtype}")
+        return value
+    if value.is_floating_point() or value.is_complex():
+        raise TypeError(f"{name}: expected {'booleans' if kind == 'mask' else 'integers'}, got {value.dtype}")
+    if kind == "mask":
+        # Masks of 0 and 1 are what tokenizers return.
+        if value.dtype != torch.bool and not ((value == 0) | (value == 1)).all():
+            raise ValueError(f"{name}: expected booleans, got integers other than 0 and 1")
+        return value.bool()
+    return value.long()
+
+
+def _check_runs(message: str, wrong: Tensor) -> None:
+    if wrong.any():
+        raise ValueError(message.format(int(wrong.any(1).nonzero()[0])))
+
+
+def sample(policy: Policy, prompts: Dataset | Sequence[str], responses_per_prompt: int = 8, max_new_tokens: int = 64,
+           temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+           batch_size: int | None = None) -> Rollouts:
+    """Sample responses to prompts, with a KV cache; the same seed gives the same tokens.
+
+    Each rollout and position has one uniform number of its own, drawn on the CPU, which picks the token
+    from the cumulative distribution. So the tokens depend neither on `batch_size` nor on the device, up to
+    rounding of the model's logits; and more responses or longer ones extend those of a smaller call.
+
+    Args:
+        policy: the policy, with a tokenizer.
+        prompts: B strings, or a Dataset with a `prompt` column; `rewards` are filled in when it also has
+            `answer`.
+        responses_per_prompt: responses to each prompt; rollouts of a prompt are adjacent.
+        max_new_tokens: T at most; a response ends with its first EOS, which counts as a token, or here.
+        temperature: divides the logits.
+        top_k: sample from the k likeliest tokens only.
+        top_p: sample from the smallest set of likeliest tokens whose probability reaches p. With either,
+            the responses are not drawn from the distribution that `score` evaluates.
+        seed: of the random numbers.
+        batch_size: rollouts at a time; None: as many as suit the device.
+
+    Returns:
+        N = B · responses_per_prompt rollouts, on the policy's device.
+
+    Raises:
+        ValueError: an argument out of range, no prompts, an empty one, one that does not fit the model's
+            context with its response, or logits that are NaN.
+
+    >>> sample(policy, ["2+2="], responses_per_prompt=3, max_new_tokens=5).response_mask.shape  # doctest: +SKIP
+    torch.Size([3, 5])
+    """
+    _check_range("responses_per_prompt", responses_per_prompt, int, minimum=1)
+    _check_range("max_new_tokens", max_new_tokens, int, minimum=1)
+    _check_range("seed", seed, int, minimum=0)
+    _check_range("temperature", temperature, (int, float), above=0)
+    if top_k is not None:
+        _check_range("top_k", top_k, int, minimum=1)
+    if top_p is not None:
+        _check_range("top_p", top_p, (int, float), above=0, maximum=1)
+    if batch_size is not None:
+        _check_range("batch_size", batch_size, int, minimum=1)
+    answers = None
+    if isinstance(prompts, Dataset):
+        if "prompt" not in prompts.column_names:
+            raise ValueError(f"prompts: expected a column 'prompt', got {', '.join(prompts.column_names)}")
+        answers = prompts["answer"] if "answer" in prompts.column_names else None
+        prompts = list(prompts["prompt"])
+    encoded = policy.encode(prompts)
+    _check_context(policy, encoded, max_new_tokens)
+
+    warpers = [TopKLogitsWarper(top_k)] if top_k is not None else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p is not None else []
+    count = len(encoded) * responses_per_prompt
+    prompt_index = torch.arange(len(encoded)).repeat_interleave(responses_per_prompt)
+    uniforms = _uniforms(seed, len(encoded), responses_per_prompt, max_new_tokens)
+    rows = batch_size or policy.rows_at_once(1)
+    responses, masks = [], []
+    with tqdm(total=count, desc="sample", unit="rollout", leave=False, delay=1) as progress:
+        for start in range(0, count, rows):
+            batch = slice(start, start + rows)
+            tokens, mask = _sample_batch(policy, encoded, prompt_index[batch], uniforms[batch], temperature, warpers)
+            responses.append(tokens)
+            masks.append(mask)
+            progress.update(len(tokens))
+    response_ids, response_mask = torch.cat(responses), torch.cat(masks)
+    width = int(response_mask.sum(1).max())
+    response_ids, response_mask = response_ids[:, :width], response_mask[:, :width]
+    prompt_ids, prompt_mask = _left_pad(encoded, policy.device)
+    rewards = None
+    if answers is not None:
+        texts = policy.decode(response_ids, response_mask)
+        rewards = score_answers(texts, [answers[i] for i in prompt_index.tolist()]).to(policy.device)
+    prompt_index = prompt_index.to(policy.device)
+    return Rollouts(
+        input_ids=torch.cat([prompt_ids[prompt_index], response_ids], 1),
+        attention_mask=torch.cat([prompt_mask[prompt_index], response_mask], 1),
+        response_mask=response_mask, prompt_index=prompt_index, rewards=rewards, temperature=float(temperature))
+
+
+def _check_range(name: str, value: float, kind: type | tuple[type, ...], minimum: float = -np.inf,
+                 above: float = -np.inf, maximum: float = np.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind) or not (value >= minimum and above < value <= maximum):
+        bounds = [f"≥ {minimum}"] * (minimum > -np.inf) + [f"> {above}"] * (above > -np.inf)
+        bounds += [f"≤ {maximum}"] * (maximum < np.inf)
+        noun = "an integer" if kind is int else "a number"
+        raise ValueError(f"{name}: expected {noun} {' and '.join(bounds)}, got {value!r}")
+
+
+def _check_context(policy: Policy, encoded: list[list[int]], max_new_tokens: int) -> None:
+    if policy.context_length is None:
+        return
+    for i, ids in enumerate(encoded):
+        if len(ids) + max_new_tokens > policy.context_length:
+            raise ValueError(f"prompts[{i}]: has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is more "
+                             f"than the model's context of {policy.context_length}")
+
+
+def _uniforms(seed: int, prompts: int, responses: int, tokens: int) -> Tensor:
+    """[prompts · responses, tokens] float64 in [0, 1); a row depends on seed, prompt and response alone."""
+    rows = [np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(b, r))).random(tokens)
+            for b in range(prompts) for r in range(responses)]
+    return torch.from_numpy(np.stack(rows))
+
+
+def _left_pad(encoded: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(ids) for ids in encoded)
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in encoded], device=device)
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in encoded], device=device)
+    return ids, mask
+
+
+@torch.no_grad()
+def _sample_batch(policy: Policy, encoded: list[list[int]], prompt_index: Tensor, uniforms: Tensor,
+                  temperature: float, warpers: list) -> tuple[Tensor, Tensor]:
+    """Tokens and mask [n, T] of the rollouts at `prompt_index`."""
+    count, steps = uniforms.shape
+    uniforms = uniforms.to(policy.device)
+    stops = torch.tensor(policy.eos_token_ids, device=policy.device)
+    tokens = torch.zeros(count, steps, dtype=torch.long, device=policy.device)
+    mask = torch.zeros(count, steps, dtype=torch.bool, device=policy.device)
+
+    # Each prompt is read once, and its cache copied to every response of this batch.
+    chosen, inverse = prompt_index.unique(return_inverse=True)
+    inverse = inverse.to(policy.device)
+    step_ids, attention = _left_pad([encoded[i] for i in chosen.tolist()], policy.device)
+    output = policy.model(**policy.model_arguments(attention, input_ids=step_ids, use_cache=True))
+    cache, logits = output.past_key_values, output.logits[inverse, -1]
+    cache.batch_select_indices(inverse)
+    attention = attention[inverse]
+
+    rows = torch.arange(count, device=policy.device)   # the rollouts that the cache holds
+    running = torch.ones(count, dtype=torch.bool, device=policy.device)
+    for step in range(steps):
+        drawn = _draw(logits, uniforms[rows, step], temperature, warpers)
+        tokens[rows, step] = torch.where(running, drawn, 0)
+        mask[rows, step] = running
+        running = running & ~torch.isin(drawn, stops)
+        left = int(running.sum())
+        if left == 0:
+            break
+        if left <= len(rows) // 2:
+            # Copying the cache costs about as much as a step: worth it once half the rows have ended.
+            cache.batch_select_indices(running.nonzero()[:, 0])
+            rows, drawn, attention, running = (x[running] for x in (rows, drawn, attention, running))
+        if step + 1 < steps:
+            attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
+            arguments = policy.model_arguments(attention, input_ids=drawn[:, None], use_cache=True)
+            logits = policy.model(**arguments, past_key_values=cache).logits[:, -1]
+    return tokens, mask
+
+
+def _draw(logits: Tensor, uniforms: Tensor, temperature: float, warpers: list) -> Tensor:
+    """One token for each row of `logits` [n, V], by inverting the cumulative distribution at `uniforms` [n]."""
+    # In float64, so that a vocabulary of any size leaves the order of magnitude of the noise to the logits.
+    scores = logits.double() / temperature
+    for warper in warpers:
+        scores = warper(None, scores)
+    cumulative = scores.softmax(-1).cumsum(-1)
+    if cumulative[:, -1].isnan().any():
+        raise ValueError("policy: the model's logits are NaN or all −inf, so there is nothing to sample from")
+    # The first token whose cumulative probability exceeds the number: never one of probability zero.
+    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]

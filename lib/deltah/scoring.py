@@ -1,0 +1,86 @@
+"""Scoring: log-probs of the tokens of rollouts, and the exact entropy of every next-token distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltah.policies import Policy
+from deltah.rollouts import Rollouts
+
+
+class TokenScores(NamedTuple):
+    """Log-probs of the sampled tokens and entropies of their distributions, [N, T] in nats; 0 outside the mask."""
+
+    log_probs: Tensor
+    entropies: Tensor
+
+
+def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] | None = None,
+          batch_size: int | None = None) -> TokenScores:
+    """Log-prob of every response token under the policy, and the entropy over the whole vocabulary there.
+
+    Both are of the distribution at `rollouts.temperature`. Differentiable, with respect to the model's own
+    parameters or to `parameters`; wrap in `torch.no_grad()` where no gradient is wanted.
+
+    Args:
+        policy: the policy.
+        rollouts: N rollouts of at most T response tokens.
+        parameters: values in place of the model's own, by name. None: the model's own.
+        batch_size: rollouts at a time; None: as many as suit the device.
+
+    Returns:
+        TokenScores(log_probs, entropies), each [N, T], in nats; float64 for a float64 policy, else float32.
+
+    Raises:
+        ValueError: parameters that the model does not have, token ids outside the vocabulary, logits that
+            are NaN, or `batch_size` < 1.
+
+    >>> log_probs, entropies = score(policy, rollouts)                       # doctest: +SKIP
+    >>> -log_probs.sum(1).mean()           # the Monte Carlo entropy of a response   # doctest: +SKIP
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: expected an integer ≥ 1, got {batch_size}")
+    known = policy.model.state_dict()
+    for name in parameters or ():
+        if name not in known:
+            raise ValueError(f"parameters: the model has none named {name!r}")
+    if rollouts.input_ids.max() >= policy.vocabulary_size or rollouts.input_ids.min() < 0:
+        raise ValueError(f"rollouts: expected token ids below the policy's vocabulary size {policy.vocabulary_size}, "
+                         f"got {int(rollouts.input_ids.min())} to {int(rollouts.input_ids.max())}")
+    rollouts = rollouts.to(policy.device)
+    steps = rollouts.response_mask.shape[1]
+    rows = batch_size or policy.rows_at_once(steps)
+    batches = [_score_batch(policy, rollouts.select(slice(start, start + rows)), parameters)
+               for start in range(0, len(rollouts), rows)]
+    scores = TokenScores(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    wrong = torch.isnan(scores.log_probs + scores.entropies).any(1)
+    if wrong.any():
+        raise ValueError(f"policy: the model's logits are NaN or all −inf, first in rollout {int(wrong.nonzero()[0])}")
+    return scores
+
+
+def _score_batch(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] | None) -> TokenScores:
+    steps = rollouts.response_mask.shape[1]
+    logits = policy.logits(rollouts.input_ids, rollouts.attention_mask, steps + 1, parameters)[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / rollouts.temperature
+    log_probs, entropies = log_probs_and_entropies(logits, rollouts.response_ids)
+    # torch.where, not a product: padding may hold NaN, and NaN · 0 is NaN.
+    return TokenScores(*(torch.where(rollouts.response_mask, x, 0.0) for x in (log_probs, entropies)))
+
+
+def log_probs_and_entropies(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob of `targets` [...] and entropy H = −Σ p log p of the distribution with `logits` [..., V], in nats.
+
+    Logits of −inf are tokens of probability zero.
+
+    >>> log_probs_and_entropies(torch.zeros(4), torch.tensor(0))
+    (tensor(-1.3863), tensor(1.3863))
+    """
+    log_p = logits.log_softmax(-1)
+    log_probs = log_p.gather(-1, targets[..., None])[..., 0]
+    # 0 · log 0 = 0, in value and in gradient.
+    return log_probs, -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)

@@ -1,0 +1,83 @@
+import math
+
+import pytest
+import torch
+
+from deltah import Estimate
+
+
+def test_prints_the_error_with_one_digit_and_the_value_to_match():
+    assert repr(Estimate(-0.01234, 0.00041, 9)) == "-0.0123 ± 0.0004"
+    assert repr(Estimate(1234.5, 56.0, 9)) == "1230 ± 60"
+    assert repr(Estimate(0.5, 0.0096, 9)) == "0.50 ± 0.01"
+    assert repr(Estimate(2.0, 0.0, 9)) == "2 ± 0"
+
+
+def test_mean_of_independent_samples_has_the_textbook_error():
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    estimate = Estimate.mean(x)
+    assert estimate.value == pytest.approx(float(x.double().mean()), abs=1e-12)
+    assert estimate.standard_error == pytest.approx(float(x.double().std()) / math.sqrt(50), rel=1e-12)
+    assert estimate.count == 50
+    assert torch.equal(estimate.contributions, x.double())
+
+
+def test_equal_clusters_count_as_their_means():
+    x = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + torch.randn(30, 1)
+    clustered = Estimate.mean(x.flatten(), torch.arange(30).repeat_interleave(4))
+    means = Estimate.mean(x.mean(1))
+    assert clustered.count == 30
+    assert clustered.standard_error == pytest.approx(means.standard_error, rel=1e-12)
+
+
+@pytest.mark.parametrize("responses", [1, 4])
+def test_intervals_cover_at_their_level(responses):
+    generator = torch.Generator().manual_seed(2)
+    replicates, prompts, covered = 2000, 20, 0
+    clusters = torch.arange(prompts).repeat_interleave(responses)
+    for _ in range(replicates):
+        shared = torch.randn(prompts, 1, generator=generator, dtype=torch.float64)
+        x = 0.3 + shared + torch.randn(prompts, responses, generator=generator, dtype=torch.float64)
+        low, high = Estimate.mean(x.flatten(), clusters).interval(0.95)
+        covered += low <= 0.3 <= high
+    assert 0.93 <= covered / replicates <= 0.97
+
+
+def test_one_cluster_leaves_the_error_unknown():
+    estimate = Estimate.mean(torch.tensor([1.0, 2.0]), torch.tensor([7, 7]))
+    assert estimate.value == 1.5 and math.isnan(estimate.standard_error)
+    assert estimate.interval() == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("contributions", [torch.tensor([]), torch.ones(2, 2), torch.tensor([1.0, math.nan])])
+def test_bad_contributions_are_named(contributions):
+    with pytest.raises(ValueError, match="contributions: expected"):
+        Estimate.mean(contributions)
+
+
+def test_bad_clusters_and_levels_are_named():
+    with pytest.raises(ValueError, match="clusters: expected shape"):
+        Estimate.mean(torch.ones(3), torch.zeros(2))
+    with pytest.raises(ValueError, match="level: expected"):
+        Estimate(0.0, 1.0, 3).interval(95)
+
+
+def test_a_ratio_covers_the_ratio_of_expectations():
+    """Means 2 and 5, so 0.4; clusters of three share part of both."""
+    generator = torch.Generator().manual_seed(3)
+    replicates, covered = 2000, 0
+    clusters = torch.arange(40).repeat_interleave(3)
+    for _ in range(replicates):
+        shared = torch.rand(40, 1, generator=generator, dtype=torch.float64)
+        below = (4 + shared + torch.rand(40, 3, generator=generator, dtype=torch.float64)).flatten()
+        above = 0.4 * below + (torch.rand(40, 1, generator=generator, dtype=torch.float64) - 0.5).repeat(1, 3).flatten()
+        low, high = Estimate.ratio(above, below, clusters).interval(0.95)
+        covered += low <= 0.4 <= high
+    assert 0.93 <= covered / replicates <= 0.97
+
+
+def test_bad_ratios_are_named():
+    with pytest.raises(ValueError, match="denominators: expected a mean other than 0"):
+        Estimate.ratio(torch.ones(2), torch.tensor([1.0, -1.0]))
+    with pytest.raises(ValueError, match=r"denominators: expected shape \[2\], got \[3\]"):
+        Estimate.ratio(torch.ones(2), torch.ones(3))

@@ -1,0 +1,116 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deltah as dh
+from conftest import CONFIGS, build_model
+from deltah.scoring import log_probs_and_entropies
+
+PROMPTS = ["Ava has 3 eggs.", "Ben has 12 coins. Ben sells 4. How many coins does Ben have?\n", "2"]
+
+
+def by_transformers(policy, rollouts):
+    """Log-probs and entropies one rollout at a time, unpadded, from the model's own logits."""
+    log_probs, entropies = torch.zeros(2, *rollouts.response_mask.shape, dtype=torch.float64)
+    for row in range(len(rollouts)):
+        ids = rollouts.input_ids[row][rollouts.attention_mask[row]][None]
+        length = int(rollouts.lengths[row])
+        logits = policy.model(input_ids=ids).logits[0, -length - 1:-1].double() / rollouts.temperature
+        log_p = logits.log_softmax(-1)
+        log_probs[row, :length] = log_p.gather(-1, ids[0, -length:, None])[:, 0]
+        entropies[row, :length] = torch.special.entr(log_p.exp()).sum(-1)
+    return log_probs, entropies
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_equals_transformers_unpadded(shipped, architecture, dtype, tolerance, temperature):
+    policy = dh.Policy(build_model(architecture, shipped.vocabulary_size, dtype), shipped.tokenizer)
+    rollouts = dh.sample(policy, PROMPTS, 3, max_new_tokens=12, temperature=temperature, seed=1)
+    with torch.no_grad():
+        scores = dh.score(policy, rollouts)
+        expected = by_transformers(policy, rollouts)
+    for got, wanted in zip(scores, expected, strict=True):
+        assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.all(got[~rollouts.response_mask] == 0)
+        torch.testing.assert_close(got.double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_does_not_depend_on_the_batch_size(random_policy, batch_size):
+    rollouts = dh.sample(random_policy, PROMPTS, 3, max_new_tokens=12)
+    with torch.no_grad():
+        whole, split = dh.score(random_policy, rollouts), dh.score(random_policy, rollouts, batch_size=batch_size)
+    torch.testing.assert_close(split.log_probs, whole.log_probs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(split.entropies, whole.entropies, atol=1e-5, rtol=1e-5)
+
+
+def test_does_not_depend_on_padding(random_policy):
+    rollouts = dh.sample(random_policy, PROMPTS, 2, max_new_tokens=6)
+    more = torch.full((len(rollouts), 5), 3)
+    off = torch.zeros(len(rollouts), 5, dtype=torch.bool)
+    padded = dh.Rollouts(torch.cat([more, rollouts.input_ids, more], 1),
+                         torch.cat([off, rollouts.attention_mask, off], 1),
+                         torch.cat([rollouts.response_mask, off], 1), rollouts.prompt_index)
+    with torch.no_grad():
+        plain, wide = dh.score(random_policy, rollouts), dh.score(random_policy, padded)
+    for a, b in zip(plain, wide, strict=True):
+        torch.testing.assert_close(b[:, :a.shape[1]], a, atol=1e-5, rtol=1e-5)
+        assert torch.all(b[:, a.shape[1]:] == 0)
+
+
+def test_gradients_reach_the_models_own_parameters_and_given_ones(random_policy):
+    rollouts = dh.sample(random_policy, PROMPTS, 2, max_new_tokens=4)
+    own = random_policy.parameters
+    given_ = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+    for field in range(2):
+        ours = torch.autograd.grad(dh.score(random_policy, rollouts)[field].sum(), own.values(), allow_unused=True)
+        theirs = torch.autograd.grad(dh.score(random_policy, rollouts, given_)[field].sum(), given_.values(),
+                                     allow_unused=True)
+        assert any(g is not None and g.abs().max() > 0 for g in ours)
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+finite_or_minus_infinity = st.lists(st.floats(-100, 100) | st.just(-math.inf), min_size=2, max_size=30).filter(
+    lambda row: any(math.isfinite(x) for x in row))
+
+
+@settings(max_examples=200, deadline=None)
+@given(finite_or_minus_infinity)
+def test_entropy_of_any_logits_matches_scipy_and_its_gradient_is_finite(row):
+    from scipy.special import entr, softmax
+    logits = torch.tensor(row, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor(int(logits.argmax()))
+    log_prob, entropy = log_probs_and_entropies(logits, target)
+    assert float(entropy) == pytest.approx(entr(softmax(row)).sum(), abs=1e-10)
+    assert 0 <= entropy + 1e-12 <= math.log(len(row)) + 1e-9
+    (gradient,) = torch.autograd.grad(entropy, logits)
+    # ∂H/∂z_i = −p_i (H + log p_i), the discriminator of FORMULAS for one logit.
+    p = torch.tensor(softmax(row))
+    expected = torch.where(p > 0, -p * (entropy.detach() + p.clamp(min=1e-300).log()), 0.0)
+    torch.testing.assert_close(gradient, expected, atol=1e-9, rtol=1e-9)
+
+
+def test_nan_logits_name_the_rollout(shipped):
+    rollouts = dh.sample(shipped, PROMPTS, 1, max_new_tokens=3)
+    broken = {name: p.detach().clone() for name, p in shipped.parameters.items()}
+    broken["model.norm.weight"].fill_(math.nan)
+    with pytest.raises(ValueError, match="policy: the model's logits are NaN or all −inf, first in rollout 0"):
+        dh.score(shipped, rollouts, broken)
+
+
+def test_bad_arguments_are_named(shipped):
+    rollouts = dh.sample(shipped, PROMPTS, 1, max_new_tokens=3)
+    with pytest.raises(ValueError, match="batch_size: expected an integer ≥ 1, got 0"):
+        dh.score(shipped, rollouts, batch_size=0)
+    with pytest.raises(ValueError, match="parameters: the model has none named 'nonsense'"):
+        dh.score(shipped, rollouts, {"nonsense": torch.zeros(1)})
+    with pytest.raises(ValueError, match="rollouts: expected token ids below the policy's vocabulary size 434"):
+        dh.score(shipped, rollouts.replace(input_ids=rollouts.input_ids + 600))
