@@ -17,31 +17,28 @@ def test_parameters_are_the_trainable_ones_and_tied_ones_appear_once(shipped):
     assert frozen and not any(name.startswith("model.layers.0.") for name in frozen)
 
 
-def test_the_logits_do_not_depend_on_which_side_is_padded(random_policy):
+def test_padding_on_the_right_changes_no_logits(random_policy):
     ids = torch.randint(0, 400, (1, 9), generator=torch.Generator().manual_seed(0))
-    whole = random_policy.logits(ids, torch.ones(1, 9, dtype=torch.bool), keep=3)
-    padding = torch.zeros(1, 4, dtype=torch.long)
-    mask = torch.cat([padding.bool(), torch.ones(1, 9, dtype=torch.bool)], 1)
-    padded = random_policy.logits(torch.cat([padding, ids], 1), mask, keep=3)
+    whole = random_policy.logits(ids, keep=3)
+    padded = random_policy.logits(torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], 1), keep=7)[:, :3]
     torch.testing.assert_close(padded, whole, atol=2e-5, rtol=1e-5)
 
 
 def test_given_parameters_take_the_place_of_the_models_own(random_policy):
     ids = torch.randint(0, 400, (2, 6), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(2, 6, dtype=torch.bool)
     own = {name: p.detach() for name, p in random_policy.parameters.items()}
-    before = random_policy.logits(ids, mask, keep=2)
-    torch.testing.assert_close(random_policy.logits(ids, mask, 2, own), before)
-    shifted = random_policy.logits(ids, mask, 2, {name: 1.1 * p for name, p in own.items()})
+    before = random_policy.logits(ids, keep=2)
+    torch.testing.assert_close(random_policy.logits(ids, 2, own), before)
+    shifted = random_policy.logits(ids, 2, {name: 1.1 * p for name, p in own.items()})
     assert not torch.allclose(shifted, before, atol=1e-3)
-    torch.testing.assert_close(random_policy.logits(ids, mask, keep=2), before)
+    torch.testing.assert_close(random_policy.logits(ids, keep=2), before)
 
 
 def test_dropout_is_off():
     model = build_model("gpt2", 64).train()
     policy = dh.Policy(model)
-    ids, mask = torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.bool)
-    assert torch.equal(policy.logits(ids, mask, 1), policy.logits(ids, mask, 1))
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    assert torch.equal(policy.logits(ids, 1), policy.logits(ids, 1))
 
 
 def test_end_tokens_come_from_tokenizer_and_generation_config(shipped):

@@ -35,7 +35,7 @@ class Policy:
         ValueError: `model` cannot produce logits, or `tokenizer` has no end-of-sequence token.
 
     >>> policy = Policy(model, tokenizer)                                    # doctest: +SKIP
-    >>> policy.logits(input_ids, attention_mask, keep=4).shape               # doctest: +SKIP
+    >>> policy.logits(input_ids, keep=4).shape                               # doctest: +SKIP
     torch.Size([2, 4, 512])
     """
 
@@ -75,13 +75,11 @@ class Policy:
         budget = LOGITS_ON_CPU if self.device.type == "cpu" else LOGITS_ON_GPU
         return max(1, budget // (self.vocabulary_size * positions))
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, keep: int,
-               parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    def logits(self, input_ids: Tensor, keep: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Next-token logits at the last `keep` positions.
 
         Args:
-            input_ids: [N, L] token ids, padded on either side.
-            attention_mask: [N, L] bool, True at tokens.
+            input_ids: [N, L] token ids, padded on the right if at all: a causal model does not look there.
             keep: how many of the last positions to return logits for.
             parameters: values to use in place of the model's own, by name; they may carry gradients or
                 tangents. None: the model's own.
@@ -89,7 +87,7 @@ class Policy:
         Returns:
             [N, keep, V] in the model's dtype.
         """
-        arguments = self.model_arguments(attention_mask, input_ids=input_ids, use_cache=False)
+        arguments = {"input_ids": input_ids, "use_cache": False}
         if "logits_to_keep" in self._accepts:
             arguments["logits_to_keep"] = keep
         if parameters is None:
@@ -116,12 +114,12 @@ class Policy:
         return {name: p.detach() + step * direction[name] if name in direction else p.detach()
                 for name, p in own.items()}
 
-    def model_arguments(self, attention_mask: Tensor, **arguments: Any) -> dict[str, Any]:
-        """Keyword arguments for the model: positions count tokens, so that left padding shifts nothing."""
+    def generation_arguments(self, attention_mask: Tensor, **arguments: Any) -> dict[str, Any]:
+        """Keyword arguments for the model with a cache: positions count tokens, so that left padding shifts nothing."""
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         if "position_ids" in self._accepts:
             arguments["position_ids"] = positions[:, -arguments["input_ids"].shape[1]:]
-        return {"attention_mask": attention_mask.long(), **arguments}
+        return {"attention_mask": attention_mask.long(), "use_cache": True, **arguments}
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, special tokens included.

@@ -292,9 +292,11 @@ def _sample_batch(policy: Policy, encoded: list[list[int]], prompt_index: Tensor
     chosen, inverse = prompt_index.unique(return_inverse=True)
     inverse = inverse.to(policy.device)
     step_ids, attention = _left_pad([encoded[i] for i in chosen.tolist()], policy.device)
-    output = policy.model(**policy.model_arguments(attention, input_ids=step_ids, use_cache=True))
-    cache, logits = output.past_key_values, output.logits[inverse, -1]
-    cache.batch_select_indices(inverse)
+    output = policy.model(**policy.generation_arguments(attention, input_ids=step_ids))
+    cache, logits = getattr(output, "past_key_values", None), output.logits[inverse, -1]
+    if cache is None:
+        raise ValueError(f"policy: {type(policy.model).__name__} returns no past_key_values, and sampling needs a cache")
+    cache.reorder_cache(inverse)
     attention = attention[inverse]
 
     rows = torch.arange(count, device=policy.device)   # the rollouts that the cache holds
@@ -309,11 +311,11 @@ def _sample_batch(policy: Policy, encoded: list[list[int]], prompt_index: Tensor
             break
         if left <= len(rows) // 2:
             # Copying the cache costs about as much as a step: worth it once half the rows have ended.
-            cache.batch_select_indices(running.nonzero()[:, 0])
+            cache.reorder_cache(running.nonzero()[:, 0])
             rows, drawn, attention, running = (x[running] for x in (rows, drawn, attention, running))
         if step + 1 < steps:
             attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
-            arguments = policy.model_arguments(attention, input_ids=drawn[:, None], use_cache=True)
+            arguments = policy.generation_arguments(attention, input_ids=drawn[:, None])
             logits = policy.model(**arguments, past_key_values=cache).logits[:, -1]
     return tokens, mask
 

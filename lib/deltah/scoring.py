@@ -64,8 +64,20 @@ def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] |
 
 
 def _score_batch(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] | None) -> TokenScores:
+    # Rows are aligned on the left: then causal attention alone keeps the padding out, at every position, whatever
+    # the model's own treatment of masks.
     steps = rollouts.response_mask.shape[1]
-    logits = policy.logits(rollouts.input_ids, rollouts.attention_mask, steps + 1, parameters)[:, :-1]
+    prompt_lengths = rollouts.attention_mask[:, :rollouts.prompt_length].sum(1, keepdim=True)
+    columns = torch.arange(rollouts.input_ids.shape[1], device=prompt_lengths.device)
+    aligned = columns + rollouts.prompt_length - prompt_lengths
+    width = int((prompt_lengths[:, 0] + rollouts.lengths).max())
+    input_ids = rollouts.input_ids.gather(1, aligned.clamp(max=len(columns) - 1))[:, :width]
+
+    # A token's logits stand at the position before it.
+    first = int(prompt_lengths.min()) - 1
+    logits = policy.logits(input_ids, width - first, parameters)
+    positions = (prompt_lengths - 1 - first + columns[:steps]).clamp(max=width - first - 1)
+    logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / rollouts.temperature
     log_probs, entropies = log_probs_and_entropies(logits, rollouts.response_ids)
     # torch.where, not a product: padding may hold NaN, and NaN · 0 is NaN.
