@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import deltah as dh
-from deltah.exact import every_response, probabilities, tiny_policy
+from conftest import CONFIGS, build_model
+from deltah.exact import every_response, exact_policy, probabilities, tiny_policy
 
 
 @pytest.mark.parametrize("eos", [None, 2])
@@ -30,13 +31,58 @@ def _until(tokens, eos):
             return
 
 
-def test_the_policy_is_float64_throughout():
-    """E[∇ log π] = 0 holds to float64's rounding only if no layer falls back to float32."""
-    policy = tiny_policy()
-    rollouts = every_response(policy, [[0]], max_new_tokens=3)
+def mean_score_function(policy):
+    """Largest entry of E[∇ log π], which is 0."""
+    rollouts = every_response(policy, [[0], [1, 2]], max_new_tokens=3, temperature=0.8)
     log_pi = dh.score(policy, rollouts).log_probs.sum(1)
-    gradient = torch.autograd.grad((log_pi.detach().exp() * log_pi).sum(), policy.parameters.values())
-    assert max(float(g.abs().max()) for g in gradient) < 1e-13
+    gradient = torch.autograd.grad((log_pi.detach().exp() * log_pi).sum(), policy.parameters.values(),
+                                   allow_unused=True)
+    return max(float(g.abs().max()) for g in gradient if g is not None)
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+def test_every_architecture_computes_in_float64_throughout(architecture):
+    """The identity holds to float64's rounding only if no layer falls back to float32."""
+    assert mean_score_function(exact_policy(build_model(architecture, 5))) < 1e-12
+
+
+def test_forward_mode_passes_and_agrees_with_differences():
+    policy = exact_policy(build_model("qwen3", 5))
+    rollouts = every_response(policy, [[0]], max_new_tokens=2)
+    v = {name: torch.randn_like(p) for name, p in policy.parameters.items()}
+    value = lambda p: dh.score(policy, rollouts, p).entropies  # noqa: E731
+    _, slope = torch.func.jvp(value, (policy.shifted(v, 0.0),), (v,))
+    with torch.no_grad():
+        difference = (value(policy.shifted(v, 1e-5)) - value(policy.shifted(v, -1e-5))) / 2e-5
+    torch.testing.assert_close(slope, difference, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_second_derivatives_are_exact(architecture):
+    """d²H/dη² by nested forward mode, by forward over reverse mode, and by differences."""
+    policy = exact_policy(build_model(architecture, 4))
+    rollouts = every_response(policy, [[0], [1, 2]], max_new_tokens=2)
+    v = {name: torch.randn_like(p) for name, p in policy.parameters.items()}
+
+    def total(parameters):
+        scores = dh.score(policy, rollouts, parameters)
+        return -(probabilities(scores) * scores.log_probs.sum(1)).sum()
+
+    def along(eta):
+        return total({name: p.detach() + eta * v[name] for name, p in policy.parameters.items()})
+
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+
+    def slope(eta):
+        return torch.func.jvp(along, (eta,), (one,))[1]
+
+    second = float(torch.func.jvp(slope, (zero,), (one,))[1])
+    eta = zero.clone().requires_grad_()
+    (first,) = torch.autograd.grad(along(eta), eta, create_graph=True)
+    assert second == pytest.approx(float(torch.autograd.grad(first, eta)[0]), rel=1e-10)
+    with torch.no_grad():
+        difference = (slope(zero + 1e-5) - slope(zero - 1e-5)) / 2e-5
+    assert second == pytest.approx(float(difference), rel=1e-5)
 
 
 def test_the_seed_decides_and_the_global_generator_is_left_alone():

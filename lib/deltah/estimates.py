@@ -19,6 +19,7 @@ class Estimate:
         standard_error: of `value`; NaN where a single cluster leaves it unknown.
         count: independent samples (clusters) behind the standard error.
         contributions: [N], one term for each sample; their mean is `value`. None where there is none.
+        skewness: of the clusters' contributions; intervals lean by it.
 
     >>> Estimate(-0.01234, 0.00041, 100)
     -0.0123 ± 0.0004
@@ -28,6 +29,7 @@ class Estimate:
     standard_error: float
     count: int
     contributions: Tensor | None = None
+    skewness: float = 0.0
 
     @classmethod
     def mean(cls, contributions: Tensor, clusters: Tensor | None = None) -> Estimate:
@@ -47,14 +49,16 @@ class Estimate:
         _check(contributions, "contributions", clusters)
         contributions = contributions.detach().double()
         value = contributions.mean()
-        residuals = contributions - value
+        sums = contributions - value
         if clusters is not None:
-            _, index = clusters.to(residuals.device).unique(return_inverse=True)
-            residuals = residuals.new_zeros(int(index.max()) + 1).index_add(0, index, residuals)
-        count = len(residuals)
-        variance = residuals.square().sum() / len(contributions) ** 2
+            _, index = clusters.to(sums.device).unique(return_inverse=True)
+            sums = sums.new_zeros(int(index.max()) + 1).index_add(0, index, sums)
+        count = len(sums)
+        variance = sums.square().sum() / len(contributions) ** 2
         error = math.sqrt(variance * count / (count - 1)) if count > 1 else math.nan
-        return cls(float(value), error, count, contributions)
+        spread = sums.square().mean() ** 1.5
+        skewness = float(sums.pow(3).mean() / spread) if spread > 0 else 0.0
+        return cls(float(value), error, count, contributions, skewness)
 
     @classmethod
     def ratio(cls, numerators: Tensor, denominators: Tensor, clusters: Tensor | None = None) -> Estimate:
@@ -82,7 +86,11 @@ class Estimate:
         return cls.mean(value + (numerators - value * denominators) / scale, clusters)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """The two-sided confidence interval of Student's t with `count` − 1 degrees of freedom.
+        """The two-sided confidence interval, from Student's t with `count` − 1 degrees of freedom.
+
+        The mean of skewed samples is skewed itself. Hall's transformation (Journal of the Royal Statistical Society
+        B 54, 221, 1992) takes that out to first order: the interval reaches further towards the long tail, and
+        covers at its level from a few hundred samples of skewness 5, where the symmetric one needs thousands.
 
         Raises:
             ValueError: `level` outside (0, 1).
@@ -91,8 +99,10 @@ class Estimate:
             raise ValueError(f"level: expected a number between 0 and 1, got {level}")
         if self.count < 2:
             return -math.inf, math.inf
-        reach = float(student_t.ppf(0.5 + level / 2, self.count - 1)) * self.standard_error
-        return self.value - reach, self.value + reach
+        quantile = float(student_t.ppf(0.5 + level / 2, self.count - 1))
+        lean = self.skewness / math.sqrt(self.count)
+        upper, lower = (_untransformed(z, lean) * self.standard_error for z in (-quantile, quantile))
+        return self.value - lower, self.value - upper
 
     def __repr__(self) -> str:
         if not math.isfinite(self.standard_error) or self.standard_error == 0:
@@ -102,6 +112,13 @@ class Estimate:
         decimals = -math.floor(math.log10(round(self.standard_error, decimals)))
         shown = max(decimals, 0)
         return f"{round(self.value, decimals):.{shown}f} ± {round(self.standard_error, decimals):.{shown}f}"
+
+
+def _untransformed(z: float, lean: float) -> float:
+    """The T that Hall's cubic T + lean T²/3 + lean² T³/27 + lean/6 maps to `z`."""
+    if abs(lean) < 1e-6:
+        return z
+    return 3 / lean * (math.cbrt(1 + lean * (z - lean / 6)) - 1)
 
 
 def _check(samples: Tensor, name: str, clusters: Tensor | None) -> None:

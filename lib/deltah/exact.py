@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch.overrides import TorchFunctionMode
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from deltah.estimates import Estimate
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import TokenScores
@@ -16,28 +19,83 @@ from deltah.scoring import TokenScores
 MOST_RESPONSES = 2**20
 
 
-def tiny_policy(vocabulary_size: int = 4, eos_token_id: int | None = None, context_length: int = 16,
-                seed: int = 0) -> Policy:
-    """A random GPT-2 of a few thousand parameters in float64, without a tokenizer.
+class _Exactly(TorchFunctionMode):
+    """Turns every request for float32 into one for float64, and writes the fused layer norm out.
 
-    GPT-2's layers compute in the dtype of their weights throughout; RMS norms and rotary positions, as
-    transformers writes them, fall back to float32.
+    PyTorch's own layer norm is wrong to second order in nested forward mode: its tangent takes the saved mean and
+    deviation for constants.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        elif func is torch.nn.functional.layer_norm:
+            func = _layer_norm
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        kwargs = {k: torch.float64 if a is torch.float32 else a for k, a in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def _layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
+                eps: float = 1e-5) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    normed = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    normed = normed if weight is None else normed * weight
+    return normed if bias is None else normed + bias
+
+
+def exact_policy(model: PreTrainedModel) -> Policy:
+    """A policy whose every layer computes in float64, without a tokenizer.
+
+    Most transformers models fall back to float32 in places (RMS norms, rotary positions, the softmax of eager
+    attention), whatever the dtype of their weights: identities then hold to 1e-7 only. Here they hold to float64's
+    rounding, and derivatives of any order and mode are right. Attention is the eager kind, as the fused ones have no
+    forward mode.
+
+    Args:
+        model: any transformers causal LM; it is converted in place. Its `config.eos_token_id` ends a response.
+
+    >>> exact_policy(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=5))).dtype
+    torch.float64
+    """
+    model.set_attn_implementation("eager")
+    forward = model.double().forward
+
+    @functools.wraps(forward)
+    def in_float64(*args, **kwargs):
+        with _Exactly():
+            return forward(*args, **kwargs)
+
+    model.forward = in_float64
+    return Policy(model)
+
+
+def tiny_policy(vocabulary_size: int = 4, eos_token_id: int | None = None, context_length: int = 16,
+                seed: int = 0, eos_logit: float = 0.0) -> Policy:
+    """An `exact_policy` to begin with: a random GPT-2 of a few thousand parameters.
 
     Args:
         vocabulary_size: V.
         eos_token_id: the token that ends a response; None: responses end at the length asked for.
         context_length: tokens of prompt and response together.
         seed: of the weights.
+        eos_logit: roughly added to the EOS token's logit: a large one makes long responses rare, and the
+            entropy heavy-tailed.
 
     >>> tiny_policy().vocabulary_size
     4
     """
     config = GPT2Config(vocab_size=vocabulary_size, n_positions=context_length, n_embd=16, n_layer=2, n_head=2,
-                        initializer_range=0.4, bos_token_id=None, eos_token_id=eos_token_id,
-                        attn_implementation="eager")
+                        initializer_range=0.4, bos_token_id=None, eos_token_id=eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Policy(GPT2LMHeadModel(config).double())
+        model = GPT2LMHeadModel(config)
+    if eos_logit:
+        with torch.no_grad():
+            direction = model.lm_head.weight[eos_token_id]
+            model.transformer.ln_f.bias += eos_logit * direction / direction.square().sum()
+    return exact_policy(model)
 
 
 def every_response(policy: Policy, prompts: Sequence[Sequence[int]], max_new_tokens: int,
@@ -101,3 +159,27 @@ def covariance(x: Tensor, weights: Tensor) -> Tensor:
     """
     centred = x - weights @ x
     return torch.einsum("n,ni,nj->ij", weights, centred, centred)
+
+
+def coverage(estimate: Callable[[Tensor], Estimate], weights: Tensor, size: int, truth: float, replicates: int = 2000,
+             level: float = 0.95, seed: int = 0) -> float:
+    """The share of independent samples whose confidence interval holds the truth: what `level` promises.
+
+    Args:
+        estimate: takes the rows [size] of a sample and returns its Estimate.
+        weights: [N] probabilities to draw rows with, with replacement.
+        size: rows in a sample.
+        truth: the value that is estimated, known exactly.
+        replicates: samples; with 2,000, a true 95% is seen within one point.
+        level: of the intervals.
+        seed: of the samples.
+
+    >>> x = torch.tensor([0.0, 1.0, 2.0])
+    >>> coverage(lambda rows: Estimate.mean(x[rows]), torch.ones(3) / 3, size=50, truth=1.0, replicates=200) > 0.9
+    True
+    """
+    generator, covered = torch.Generator().manual_seed(seed), 0
+    for _ in range(replicates):
+        low, high = estimate(torch.multinomial(weights, size, replacement=True, generator=generator)).interval(level)
+        covered += low <= truth <= high
+    return covered / replicates

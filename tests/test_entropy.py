@@ -1,0 +1,171 @@
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import tensor
+
+import deltah as dh
+from conftest import build_model
+from deltah.entropy import FOLDS, METHODS, UNITS, control_variate, variance_decomposition
+from deltah.exact import coverage, every_response, exact_policy, probabilities, tiny_policy
+
+
+@pytest.fixture(scope="module")
+def enumerated():
+    """All responses to three prompts of different lengths, with EOS, at a temperature other than 1."""
+    model = build_model("qwen3", 5, seed=3)
+    model.config.eos_token_id = 0
+    policy = exact_policy(model)
+    rollouts = every_response(policy, [[1], [2, 3], [4, 4, 1]], max_new_tokens=4, temperature=0.7)
+    with torch.no_grad():
+        scores = dh.score(policy, rollouts)
+    return scores, rollouts, probabilities(scores) / 3
+
+
+def exact_entropy(p, rollouts, per):
+    nats = -(p * (3 * p).log()).sum()
+    return float(nats / (p @ rollouts.lengths.double()) if per == "token" else nats)
+
+
+def test_monte_carlo_and_rao_blackwell_have_the_entropy_as_expectation(enumerated):
+    scores, rollouts, p = enumerated
+    for values in (-scores.log_probs, scores.entropies):
+        assert float(p @ values.sum(1)) == pytest.approx(exact_entropy(p, rollouts, "sequence"), abs=1e-12)
+
+
+def test_the_decomposition_is_exact_and_its_steps_are_the_conditional_variances(enumerated):
+    scores, rollouts, p = enumerated
+    terms = variance_decomposition(scores, rollouts, p)
+    surprisal, entropies = -scores.log_probs.sum(1), scores.entropies.sum(1)
+    for total, value in ((surprisal, terms.monte_carlo), (entropies, terms.rao_blackwell)):
+        assert value == pytest.approx(float(p @ total.square() - (p @ total) ** 2), abs=1e-12)
+    assert terms.monte_carlo == pytest.approx(terms.rao_blackwell + terms.steps + terms.cross, abs=1e-12)
+    squares = (scores.log_probs + scores.entropies).square().sum(1)
+    assert terms.steps == pytest.approx(float(p @ squares), abs=1e-12)
+    assert terms.control_variate <= min(terms.monte_carlo, terms.rao_blackwell) + 1e-12
+    difference = -(scores.log_probs + scores.entropies).sum(1)
+    best = entropies + terms.coefficient * difference
+    assert terms.control_variate == pytest.approx(float(p @ best.square() - (p @ best) ** 2), abs=1e-12)
+
+
+def test_rao_blackwellising_a_whole_sequence_can_raise_the_variance():
+    """Three equally likely responses: Var(S) = 0, and Var(S_RB) = (2/9) log² 2."""
+    log_probs = tensor([[2 / 3, 1 / 2], [2 / 3, 1 / 2], [1 / 3, 1]], dtype=torch.float64).log()
+    first = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+    entropies = tensor([[first, math.log(2)], [first, math.log(2)], [first, 0]], dtype=torch.float64)
+    rollouts = dh.Rollouts(torch.zeros(3, 3, dtype=torch.long), torch.ones(3, 3).bool(), torch.ones(3, 2).bool(),
+                           torch.arange(3))
+    terms = variance_decomposition(dh.TokenScores(log_probs, entropies), rollouts, torch.full((3,), 1 / 3))
+    assert terms.monte_carlo == pytest.approx(0, abs=1e-12)
+    assert terms.rao_blackwell == pytest.approx(2 / 9 * math.log(2) ** 2, rel=1e-6)
+
+
+def test_cross_fitting_adds_no_bias():
+    """Over every sample of six responses from four, the control variate's mean is exact."""
+    value, variate = tensor([0.0, 1.0, 5.0, 2.0]), tensor([1.0, -1.0, 2.0, -2.0])
+    p = tensor([0.3, 0.3, 0.2, 0.2], dtype=torch.float64)
+    assert float(p @ variate.double()) == pytest.approx(0, abs=1e-7)
+    mean = 0.0
+    for draw in itertools.product(range(4), repeat=FOLDS + 1):
+        index = tensor(draw)
+        adjusted = control_variate(value[index], variate[index, None], torch.arange(FOLDS + 1))
+        mean += float(p[index].prod() * adjusted.mean())
+    assert mean == pytest.approx(float(p @ value.double()), abs=1e-7)
+
+
+def test_a_variate_that_explains_everything_leaves_no_variance():
+    generator = torch.Generator().manual_seed(0)
+    variates = torch.randn(60, 2, generator=generator, dtype=torch.float64)
+    target = 2.0 + variates @ tensor([1.5, -0.5], dtype=torch.float64)
+    clusters = torch.arange(20).repeat_interleave(3)
+    assert control_variate(target, variates, clusters).std() < 1e-12
+    lengths = torch.rand(60, generator=generator, dtype=torch.float64) + 1
+    rate = control_variate(3 * lengths + variates[:, 0], variates[:, :1], clusters, lengths)
+    ratio = dh.Estimate.ratio(rate, lengths, clusters)
+    assert ratio.value == pytest.approx(3, abs=1e-12) and ratio.standard_error < 1e-12
+
+
+CASES = {"plain": (dict(seed=1, eos_token_id=0), 100), "heavy tail": (dict(seed=2, eos_token_id=0, eos_logit=3.0), 800)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("per", UNITS)
+@pytest.mark.parametrize("case", CASES)
+def test_intervals_cover_the_exact_entropy(case, per, method):
+    arguments, size = CASES[case]
+    policy = tiny_policy(**arguments)
+    every = every_response(policy, [[1]], max_new_tokens=4)
+    with torch.no_grad():
+        scores = dh.score(policy, every)
+    p = probabilities(scores)
+    if case == "heavy tail":
+        total = scores.entropies.sum(1)
+        centred = total - p @ total
+        assert (p @ centred**4) / (p @ centred**2) ** 2 > 40
+    truth = float(-p @ p.log() / ((p @ every.lengths.double()) if per == "token" else 1))
+
+    def estimate(rows):
+        sampled = every.select(rows).replace(prompt_index=torch.arange(size))
+        return dh.entropy(dh.TokenScores(*(x[rows] for x in scores)), sampled, method, per)
+
+    assert 0.93 <= coverage(estimate, p, size, truth) <= 0.97
+
+
+logit_rows = st.lists(st.floats(-80, 80) | st.just(-math.inf) | st.integers(-3, 3).map(float), min_size=1,
+                      max_size=40).filter(lambda row: any(math.isfinite(x) for x in row))
+LIMITS = st.fixed_dictionaries({}, optional={"top_k": st.integers(1, 45), "top_p": st.floats(1e-6, 1.0)}).filter(bool)
+
+
+@settings(max_examples=500, deadline=None)
+@given(logit_rows, LIMITS, st.floats(0.05, 20))
+def test_truncated_entropy_brackets_the_entropy(row, limits, temperature):
+    logits = tensor(row, dtype=torch.float64)
+    exact = float(torch.special.entr((logits / temperature).softmax(-1)).sum())
+    value, lower, upper = dh.truncated_entropy(logits, **limits, temperature=temperature)
+    assert lower - 1e-10 <= exact <= upper + 1e-10
+    assert lower - 1e-12 <= value <= upper + 1e-12
+    if limits.get("top_k", 0) >= len(row) and "top_p" not in limits:
+        assert float(upper - lower) == pytest.approx(0, abs=1e-12)
+
+
+def test_truncated_entropy_of_a_batch_and_of_a_uniform_tail():
+    logits = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    value, lower, upper = dh.truncated_entropy(logits, top_p=0.9)
+    assert value.shape == lower.shape == upper.shape == (3, 4) and value.dtype == torch.float64
+    # The tail of a uniform distribution is known exactly: both bounds meet.
+    _, lower, upper = dh.truncated_entropy(torch.zeros(1000), top_k=10)
+    assert float(lower) == pytest.approx(math.log(1000)) == pytest.approx(float(upper))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({}, "top_k, top_p: expected at least one"),
+    ({"top_k": 0}, "top_k: expected an integer ≥ 1, got 0"),
+    ({"top_k": 2.0}, "top_k: expected an integer"),
+    ({"top_p": 0.0}, "top_p: expected a number > 0 and ≤ 1, got 0.0"),
+    ({"top_p": 1.1}, "top_p: expected a number"),
+    ({"top_k": 1, "temperature": 0.0}, "temperature: expected a positive number"),
+    ({"top_k": 1, "logits": tensor([math.nan, 0.0])}, "logits: expected finite numbers or −inf"),
+    ({"top_k": 1, "logits": tensor([-math.inf, -math.inf])}, "logits: expected finite numbers or −inf"),
+])
+def test_bad_arguments_of_truncated_entropy_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        dh.truncated_entropy(**{"logits": torch.zeros(4), **arguments})
+
+
+def test_bad_arguments_are_named(enumerated):
+    scores, rollouts, p = enumerated
+    with pytest.raises(ValueError, match="method: expected one of rao_blackwell, monte_carlo, control_variate"):
+        dh.entropy(scores, rollouts, method="magic")
+    with pytest.raises(ValueError, match="per: expected one of sequence, token, got 'word'"):
+        dh.entropy(scores, rollouts, per="word")
+    with pytest.raises(ValueError, match="scores.log_probs: expected the rollouts' shape"):
+        dh.entropy(dh.TokenScores(*(x[:, 1:] for x in scores)), rollouts)
+    with pytest.raises(ValueError, match="clusters: expected at least 5 prompts to fit a control variate on, got 3"):
+        dh.entropy(scores, rollouts, method="control_variate")
+    with pytest.raises(ValueError, match="weights: expected shape"):
+        variance_decomposition(scores, rollouts, p[1:])
+    with pytest.raises(ValueError, match=r"variates: expected shape \[4, C\], got \[4\]"):
+        control_variate(torch.zeros(4), torch.zeros(4), torch.arange(4))
