@@ -249,7 +249,7 @@ for eta in etas:
     rows.append({"η": eta, "share, log r": shares[0], "share / η": shares[0] / eta, "share, r": shares[1]})
 exact_shares = pd.DataFrame(rows).astype(float).set_index("η")
 print(f"predicted slope {predicted_slope:.3f}")
-exact_shares.abs().round(4)
+exact_shares.round(4) + 0.0
 
 # %%
 slopes = exact_shares["share / η"]

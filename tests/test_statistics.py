@@ -137,9 +137,18 @@ def test_the_standard_error_keeps_to_what_the_noise_of_both_sides_brings():
 def test_a_statistic_is_an_estimate():
     result = u_statistic(random(20, 20))
     assert isinstance(result, Estimate) and result.count == 20
-    assert result.interval() == Estimate(result.value, result.standard_error, 20).interval()
+    assert result.interval() == Estimate(result.value, result.standard_error, 20, skewness=result.skewness).interval()
     assert repr(result) == repr(Estimate(result.value, result.standard_error, 20))
     assert isinstance(two_sample_product(random(4, 5)), Estimate)
+
+
+def test_intervals_lean_towards_the_tail_of_either_side():
+    tail = torch.tensor([0.0] * 19 + [20.0], dtype=torch.float64)
+    others = torch.ones(20, dtype=torch.float64)
+    for products in (tail[:, None] * others, others[:, None] * tail):
+        for result in (two_sample_product(products), u_statistic(products)):
+            low, high = result.interval()
+            assert result.skewness > 3 and high - result.value > 1.2 * (result.value - low)
 
 
 def test_welch_counts_the_noisier_side():

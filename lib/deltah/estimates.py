@@ -88,9 +88,9 @@ class Estimate:
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The two-sided confidence interval, from Student's t with `count` − 1 degrees of freedom.
 
-        The mean of skewed samples is skewed itself. Hall's transformation (Journal of the Royal Statistical Society
-        B 54, 221, 1992) takes that out to first order: the interval reaches further towards the long tail, and
-        covers at its level from a few hundred samples of skewness 5, where the symmetric one needs thousands.
+        The studentised mean of skewed samples misses its truth in the long tail. Hall's transformation (Journal of
+        the Royal Statistical Society B 54, 221, 1992) tells how much further the interval has to reach there. On the
+        other side, where it could reach less far, it does not: a skewness that was estimated may be chance.
 
         Raises:
             ValueError: `level` outside (0, 1).
@@ -101,8 +101,8 @@ class Estimate:
             return -math.inf, math.inf
         quantile = float(student_t.ppf(0.5 + level / 2, self.count - 1))
         lean = self.skewness / math.sqrt(self.count)
-        upper, lower = (_untransformed(z, lean) * self.standard_error for z in (-quantile, quantile))
-        return self.value - lower, self.value - upper
+        below, above = max(quantile, _untransformed(quantile, lean)), max(quantile, -_untransformed(-quantile, lean))
+        return self.value - below * self.standard_error, self.value + above * self.standard_error
 
     def __repr__(self) -> str:
         if not math.isfinite(self.standard_error) or self.standard_error == 0:

@@ -150,6 +150,20 @@ def probabilities(scores: TokenScores) -> Tensor:
     return scores.log_probs.sum(1).exp()
 
 
+def flat_gradient(policy: Policy, quantity: Tensor) -> Tensor:
+    """The gradient [P] of a scalar with respect to the policy's parameters, flattened, by one backward pass.
+
+    >>> from deltah import score
+    >>> policy = tiny_policy()
+    >>> log_probs = score(policy, every_response(policy, [[0]], 1)).log_probs
+    >>> flat_gradient(policy, log_probs[0, 0]).shape == (sum(p.numel() for p in policy.parameters.values()),)
+    True
+    """
+    gradients = torch.autograd.grad(quantity, list(policy.parameters.values()), retain_graph=True,
+                                    materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
 def covariance(x: Tensor, weights: Tensor) -> Tensor:
     """Covariance matrix [T, T] of T quantities `x` [N, T] over N responses of probability `weights` [N].
 

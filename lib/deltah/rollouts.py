@@ -295,7 +295,7 @@ def _sample_batch(policy: Policy, encoded: list[list[int]], prompt_index: Tensor
     output = policy.model(**policy.generation_arguments(attention, input_ids=step_ids))
     cache, logits = getattr(output, "past_key_values", None), output.logits[inverse, -1]
     if cache is None:
-        raise ValueError(f"policy: {type(policy.model).__name__} returns no past_key_values, and sampling needs a cache")
+        raise ValueError(f"policy: {type(policy.model).__name__} returns no past_key_values; sampling needs a cache")
     cache.reorder_cache(inverse)
     attention = attention[inverse]
 
