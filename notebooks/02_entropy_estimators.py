@@ -156,18 +156,22 @@ ledger.holds("02.7", "2.2.4", "the counterexample's Var(S_RB) is (2/9) log² 2",
 D = torch.where(every.response_mask, Z - H, 0.0)
 centred = H.sum(1) - joint @ H.sum(1)
 covariance_D = dh.exact.covariance(D, joint)
-given_first = torch.stack([(joint * (every.response_ids[:, 0] == token)) @ D[:, 1] for token in range(3)])
+given_first = torch.stack([(joint * (every.response_ids[:, 0] == token)) @ D[:, 1:3] for token in range(3)])
 conditional = torch.where(every.response_mask, (Z - H).square(), 0.0)
-ledger.holds("02.8", "2.2.4", "E[D_k] = 0 and E[D_k | t_<k] = 0 (here: given the first token, k = 2)",
-             measured=torch.cat([joint @ D, given_first]).abs().max(), expected=0, tolerance=1e-12)
-ledger.holds("02.9", "2.2.4", "the D_k are pairwise uncorrelated (given F_j; the printed F_{j−1} does not hold D_{j−1})",
+ledger.holds("02.8", "2.2.4", "E[S] = Σ E[Z_k] = Σ E[E[Z_k|F_k]] = Σ E[H_k] = E[S_RB]", tolerance=1e-12,
+             measured=joint @ Z.sum(1), expected=joint @ H.sum(1))
+ledger.holds("02.9", "2.2.4", "H_k = E[Z_k|F_k], or E[D_k|F_k] = 0 (given the first token, k = 2)",
+             measured=given_first[:, 0].abs().max(), expected=0, tolerance=1e-12)
+ledger.holds("02.10", "2.2.4", "E[D_k|F_{k−1}] = 0 (given the first token, k = 3), and E[D_k] = 0",
+             measured=torch.cat([joint @ D, given_first[:, 1]]).abs().max(), expected=0, tolerance=1e-12)
+ledger.holds("02.11", "2.2.4", "the D_k are pairwise uncorrelated (given F_j; the printed F_{j−1} does not hold D_{j−1})",
              measured=(covariance_D - covariance_D.diag().diag()).abs().max(), expected=0, tolerance=1e-12)
 
 # %%
 terms = dh.variance_decomposition(scores, every, joint)
-ledger.holds("02.10", "2.2.4", "Var(ΣD_k) = Σ E[D_k²] = Σ E[Var(Z_k|F_k)]", tolerance=1e-12,
+ledger.holds("02.12", "2.2.4", "Var(ΣD_k) = Σ E[D_k²] = Σ E[Var(Z_k|F_k)]", tolerance=1e-12,
              measured=terms.steps, expected=(joint @ conditional).sum())
-ledger.holds("02.11", "2.2.4", "Var(S) = Var(S_RB) + Var(ΣD_k) + 2 Cov(S_RB, ΣD_k)", tolerance=1e-12,
+ledger.holds("02.13", "2.2.4", "Var(S) = Var(S_RB) + Var(ΣD_k) + 2 Cov(S_RB, ΣD_k)", tolerance=1e-12,
              measured=joint @ (Z.sum(1) - truth).square(), expected=terms.rao_blackwell + terms.steps + terms.cross)
 
 # %% [markdown]
@@ -180,10 +184,10 @@ ledger.holds("02.11", "2.2.4", "Var(S) = Var(S_RB) + Var(ΣD_k) + 2 Cov(S_RB, Σ
 past = torch.stack([joint @ (H[:, :j].sum(1) * D[:, j]) for j in range(4)])
 future = torch.stack([joint @ (H[:, j:].sum(1) * D[:, j]) for j in range(4)])
 print("Cov with what came before:", past.abs().numpy().round(4), "  with what follows:", future.numpy().round(4))
-ledger.holds("02.12", "2.2.4", "E[(Σ_{k<j} H_k) D_j] = 0", measured=past.abs().max(), expected=0, tolerance=1e-12)
-ledger.refuted("02.13", "2.2.4", "E[(Σ_{k≥j} H_k) D_j] = 0", measured=future.abs().max(), expected=0, tolerance=0.01,
+ledger.holds("02.14", "2.2.4", "E[(Σ_{k<j} H_k) D_j] = 0", measured=past.abs().max(), expected=0, tolerance=1e-12)
+ledger.refuted("02.15", "2.2.4", "E[(Σ_{k≥j} H_k) D_j] = 0", measured=future.abs().max(), expected=0, tolerance=0.01,
                counterexample="H_{j+1} depends on t_j: Σ_{k≥j} H_k is not F_j-measurable")
-ledger.corrected("02.14", "2.2.4", "Var(S) = Var(S_RB) + Σ E[Var(Z_k|F_k)]", tolerance=1e-12,
+ledger.corrected("02.16", "2.2.4", "Var(S) = Var(S_RB) + Σ E[Var(Z_k|F_k)]", tolerance=1e-12,
                  correction="+ 2 Cov(S_RB, Σ D_k) = 2 Σ_{j<k} Cov(H_k, D_j)", measured=terms.monte_carlo,
                  expected=terms.rao_blackwell + terms.steps + 2 * future.sum(),
                  as_printed=terms.rao_blackwell + terms.steps)
@@ -201,7 +205,7 @@ var_s = (weights * surprisal**2).sum(0) - (weights * surprisal).sum(0) ** 2
 var_rb = q * (1 - q) * np.log(2) ** 2
 crossings = q[1:][np.diff(np.sign(var_s - var_rb)) != 0]
 print("Var(S) − Var(S_RB) changes sign near q =", crossings.round(2))
-ledger.refuted("02.15", "2.2.4", "the variances are equal only if no token is random (sign changes of their difference)",
+ledger.refuted("02.17", "2.2.4", "the variances are equal only if no token is random (sign changes of their difference)",
                counterexample="P(a) = q in the two-step family: equal variances at a q strictly between 0 and 1",
                measured=len(crossings), expected=0, tolerance=0.5)
 
@@ -223,7 +227,7 @@ def decomposition(seed):
 many = pd.DataFrame([decomposition(i)._asdict() for i in range(100)])
 steps_hold = ((joint @ H.square() - (joint @ H) ** 2) - (joint @ Z.square() - (joint @ Z) ** 2)).max()
 print(f"S_RB has the larger variance in {(many.rao_blackwell > many.monte_carlo).mean():.0%} of 100 random policies")
-ledger.holds("02.16", "2.2.4", "each step's variance is reduced: Var(H_k) ≤ Var(Z_k) (largest excess)",
+ledger.holds("02.18", "2.2.4", "each step's variance is reduced: Var(H_k) ≤ Var(Z_k) (largest excess)",
              measured=steps_hold.clamp(min=0), expected=0, tolerance=1e-12)
 
 # %%
@@ -264,7 +268,7 @@ dh.figures.save(figure, results, "02-variance-decomposition")
 never_worse = (many.control_variate - many[["monte_carlo", "rao_blackwell"]].min(axis=1)).max()
 print(f"variance left on average: Rao–Blackwell {(many.rao_blackwell / many.monte_carlo).median():.2f}, best c "
       f"{(many.control_variate / many.monte_carlo).median():.2f} of Monte Carlo's (medians over the 100 policies)")
-ledger.holds("02.17", "derived here", "Var(S_RB + c* ΣD_k) is at most the smaller of both (largest excess)",
+ledger.holds("02.19", "derived here", "Var(S_RB + c* ΣD_k) is at most the smaller of both (largest excess)",
              measured=max(never_worse, 0), expected=0, tolerance=1e-12)
 
 # %% [markdown]
@@ -280,7 +284,7 @@ lengths = every.lengths.double()
 per_response = {"S / L": joint @ (Z.sum(1) / lengths), "S_RB / L": joint @ (H.sum(1) / lengths),
                 "E[S] / E[L]": (joint @ Z.sum(1)) / (joint @ lengths)}
 print(", ".join(f"{name}: {float(value):.4f}" for name, value in per_response.items()), "nats per token")
-ledger.refuted("02.18", "2.2.4", "E[S/L] = E[S_RB/L] when L is random (remark)", tolerance=0.01,
+ledger.refuted("02.20", "2.2.4", "E[S/L] = E[S_RB/L] when L is random (remark)", tolerance=0.01,
                counterexample="the tiny policy with EOS: given L, E[D_k|F_k] is not zero",
                measured=per_response["S / L"], expected=per_response["S_RB / L"])
 
@@ -309,9 +313,11 @@ print(f"H = {exact:.3f}; without the tail {kept:.3f}; bounds {lower:.3f} to {upp
 
 # %%
 renormalised = s * -(p[:50] / s * (p[:50] / s).log()).sum() - s * s.log() - epsilon * epsilon.log()
-ledger.holds("02.19", "2.2.5", "H = logsumexp(z) − Σ p z", measured=z.logsumexp(-1) - z.softmax(-1) @ z, expected=exact,
+ledger.holds("02.21", "2.2.5", "H = logsumexp(z) − Σ p z", measured=z.logsumexp(-1) - z.softmax(-1) @ z, expected=exact,
              tolerance=1e-12)
-ledger.corrected("02.20", "2.2.5", "H = s H(p_S/s) − s log s − ε log ε + a really small tail error", tolerance=1e-10,
+ledger.holds("02.22", "2.2.5", "s = exp(Z_S − Z) is the probability of the tokens kept", tolerance=1e-12,
+             measured=(z.topk(50).values.logsumexp(-1) - z.logsumexp(-1)).exp(), expected=s)
+ledger.corrected("02.23", "2.2.5", "H = s H(p_S/s) − s log s − ε log ε + a really small tail error", tolerance=1e-10,
                  correction="the tail error is ε H(tail), here most of the entropy", measured=exact,
                  expected=renormalised + epsilon * tail, as_printed=renormalised)
 
@@ -503,7 +509,7 @@ coverages.map("{:.1%}".format)
 
 # %%
 for i, (label, share) in enumerate(coverages.min(axis=1).items()):
-    ledger.holds(f"02.{21 + i}", "derived here", f"95% intervals cover: {label}, the worse of both policies",
+    ledger.holds(f"02.{24 + i}", "derived here", f"95% intervals cover: {label}, the worse of both policies",
                  measured=share, expected=0.95, tolerance=0.02)
 
 # %% [markdown]

@@ -37,8 +37,9 @@ def save(figure: Figure, results: str | Path, name: str) -> None:
 
 def estimates(axes: Axes, x: Sequence[float], values: Sequence[Estimate], index: int, label: str) -> None:
     """Draw estimates with their 95% intervals as curve number `index`, which decides colour, marker and dash."""
-    centre = [e.value for e in values]
-    reach = [e.interval()[1] - e.value for e in values]
+    centre, intervals = [e.value for e in values], [e.interval() for e in values]
+    reach = [[c - low for c, (low, _) in zip(centre, intervals, strict=True)],
+             [high - c for c, (_, high) in zip(centre, intervals, strict=True)]]
     axes.errorbar(x, centre, yerr=reach, capsize=3, label=label, color=f"C{index}",
                   marker=MARKERS[index % len(MARKERS)], linestyle=DASHES[index % len(DASHES)])
 
