@@ -127,7 +127,7 @@ def execute_all(jobs: list[tuple[Path, dict[str, Any], str]], results: Path) -> 
             problem = done.result()
             failures += problem is not None
             outcome = "done" if problem is None else "FAILED"
-            print(f"{pending[done].stem}: {outcome} after {time.monotonic() - started:.0f} s", flush=True)
+            print(f"{pending[done].stem}: {outcome}, {time.monotonic() - started:.0f} s into the run", flush=True)
             if problem:
                 print(problem, flush=True)
     return failures
