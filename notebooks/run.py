@@ -159,8 +159,13 @@ def write_html(notebook: Any, path: Path) -> None:
     from nbconvert import HTMLExporter
 
     body, _ = HTMLExporter().from_notebook_node(notebook)
+    write_text(path, body)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name that then takes the file's place."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(body)
+    partial.write_text(text)
     os.replace(partial, path)
 
 
@@ -174,13 +179,12 @@ def report(results: Path) -> None:
         number = page.name.split("_")[0]
         own = ledger.summarise(claim for claim in claims if claim.chapter == number)
         rows.append(f'<li><a href="{page.name}">{html.escape(title(page))}</a><br><small>{own}</small></li>')
-    partial = results / ".index.html.partial"
-    partial.write_text(
+    write_text(
+        results / "index.html",
         "<!doctype html><html lang=en><meta charset=utf-8><title>deltah</title>"
         "<style>body{font:16px/1.5 system-ui;max-width:44rem;margin:3rem auto;padding:0 1rem}li{margin:.6rem 0}</style>"
         f"<h1>deltah</h1><p>{ledger.summarise(claims)}. <a href=ledger.md>The ledger</a>, "
         f"<a href=ledger.json>as JSON</a>.</p><ul>{''.join(rows)}</ul></html>")
-    os.replace(partial, results / "index.html")
     print(f"ledger: {ledger.summarise(claims)}")
     for claim in claims:
         print(f"  {claim.id:8} {claim.verdict:24} {claim.statement}")

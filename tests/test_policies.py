@@ -58,7 +58,8 @@ def test_loads_what_it_shipped_and_a_float64_copy():
     ({"path": str(ROOT / "tests")}, "path: could not load a policy"),
     ({"path": str(ROOT / "data" / "policy"), "device": "cuda:99"}, "device: expected 'auto'"),
     ({"path": str(ROOT / "data" / "policy"), "device": "toaster"}, "device: expected 'auto'"),
-    ({"path": str(ROOT / "data" / "policy"), "dtype": "int8"}, "dtype: expected one of float32"),
+    ({"path": str(ROOT / "data" / "policy"), "dtype": "int8"},
+     "dtype: expected one of float32, float64, bfloat16, got 'int8'"),
 ])
 def test_what_cannot_be_loaded_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -36,7 +36,7 @@ class Policy:
 
     >>> policy = Policy(model, tokenizer)                                    # doctest: +SKIP
     >>> policy.logits(input_ids, keep=4).shape                               # doctest: +SKIP
-    torch.Size([2, 4, 512])
+    torch.Size([2, 4, 434])
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
@@ -175,9 +175,9 @@ def load_policy(path: str | Path, device: str | torch.device = "auto", dtype: st
     >>> load_policy("data/policy").vocabulary_size                           # doctest: +SKIP
     434
     """
-    dtype = DTYPES.get(str(dtype).removeprefix("torch."))
-    if dtype is None:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}")
+    if str(dtype).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {str(dtype)!r}")
+    dtype = DTYPES[str(dtype).removeprefix("torch.")]
     device = _find_device(device)
     expected = "expected a folder with config.json, model.safetensors and a tokenizer, or a hub id"
     try:

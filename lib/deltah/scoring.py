@@ -44,10 +44,9 @@ def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] |
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: expected an integer ≥ 1, got {batch_size}")
-    known = policy.model.state_dict()
-    for name in parameters or ():
-        if name not in known:
-            raise ValueError(f"parameters: the model has none named {name!r}")
+    unknown = set(parameters) - set(policy.model.state_dict()) if parameters else None
+    if unknown:
+        raise ValueError(f"parameters: the model has none named {min(unknown)!r}")
     if rollouts.input_ids.max() >= policy.vocabulary_size or rollouts.input_ids.min() < 0:
         raise ValueError(f"rollouts: expected token ids below the policy's vocabulary size {policy.vocabulary_size}, "
                          f"got {int(rollouts.input_ids.min())} to {int(rollouts.input_ids.max())}")
