@@ -294,7 +294,7 @@ for learning_rate in learning_rates:
     trained = dh.load_policy(model, device, dtype)
     optimizer = torch.optim.AdamW(trained.parameters.values(), lr=learning_rate)
     for rows in torch.arange(len(own)).chunk(4):
-        dh.training.policy_gradient_step(trained, own.select(rows), old_own[rows], dh.objectives.gspo, optimizer)
+        dh.training.policy_gradient_step(trained, own.select(rows), old_own[rows], "gspo", optimizer)
     with torch.no_grad():
         for name, rollouts, before in (("own", own, old_own), ("fresh", fresh, old_fresh)):
             log_ratios[name, learning_rate] = (dh.score(trained, rollouts).log_probs - before).double()

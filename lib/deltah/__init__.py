@@ -9,8 +9,9 @@ from deltah.problems import extract_answer, load_problems, score_answers
 from deltah.rollouts import Rollouts, sample
 from deltah.scoring import TokenScores, log_probs_and_entropies, score
 from deltah.statistics import TwoSampleProduct, UStatistic, two_sample_product, u_statistic
+from deltah.updates import Direction, update_direction
 
-__all__ = ["Estimate", "Ledger", "Policy", "Rollouts", "TokenScores", "TwoSampleProduct", "UStatistic",
+__all__ = ["Direction", "Estimate", "Ledger", "Policy", "Rollouts", "TokenScores", "TwoSampleProduct", "UStatistic",
            "control_variate", "entropy", "exact", "extract_answer", "figures", "ledger", "load_policy", "load_problems",
            "log_probs_and_entropies", "objectives", "sample", "score", "score_answers", "statistics", "training",
-           "truncated_entropy", "two_sample_product", "u_statistic", "variance_decomposition"]
+           "truncated_entropy", "two_sample_product", "u_statistic", "update_direction", "variance_decomposition"]

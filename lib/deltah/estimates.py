@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,12 +79,36 @@ class Estimate:
         _check(denominators, "denominators", clusters)
         if denominators.shape != numerators.shape:
             raise ValueError(f"denominators: expected shape {list(numerators.shape)}, got {list(denominators.shape)}")
-        numerators, denominators = numerators.detach().double(), denominators.detach().double()
-        scale = denominators.mean()
-        if scale == 0:
+        if denominators.double().mean() == 0:
             raise ValueError("denominators: expected a mean other than 0")
-        value = numerators.mean() / scale
-        return cls.mean(value + (numerators - value * denominators) / scale, clusters)
+        return cls.smooth(lambda means: means[0] / means[1], torch.stack([numerators, denominators], 1), clusters)
+
+    @classmethod
+    def smooth(cls, function: Callable[[Tensor], Tensor], samples: Tensor, clusters: Tensor | None = None) -> Estimate:
+        """A smooth function of means, with the standard error of its linearisation (the delta method).
+
+        Args:
+            function: of the means [M], in float64; returns a scalar that autograd can differentiate.
+            samples: [N, M]; the value is function(samples.mean(0)), and its bias is of order 1/N.
+            clusters: [N] integers, as for `mean`.
+
+        Returns:
+            An Estimate whose contributions are value + ∇function · (sample − mean).
+
+        Raises:
+            ValueError: as for `mean`.
+
+        >>> Estimate.smooth(lambda means: means[0] ** 2, torch.tensor([[2.0], [3.0], [7.0]]))
+        20 ± 10
+        """
+        for i, column in enumerate(samples.unbind(1)):
+            _check(column, f"samples[:, {i}]", clusters)
+        samples = samples.detach().double()
+        with torch.enable_grad():
+            means = samples.mean(0).requires_grad_()
+            value = function(means)
+            (gradient,) = torch.autograd.grad(value, means)
+        return cls.mean(value.detach() + (samples - means.detach()) @ gradient, clusters)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The two-sided confidence interval, from Student's t with `count` − 1 degrees of freedom.

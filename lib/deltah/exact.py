@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from deltah.estimates import Estimate
-from deltah.policies import Policy
+from deltah.policies import LayerNormWrittenOut, Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import TokenScores
 
@@ -19,30 +18,15 @@ from deltah.scoring import TokenScores
 MOST_RESPONSES = 2**20
 
 
-class _Exactly(TorchFunctionMode):
-    """Turns every request for float32 into one for float64, and writes the fused layer norm out.
-
-    PyTorch's own layer norm is wrong to second order in nested forward mode: its tangent takes the saved mean and
-    deviation for constants.
-    """
+class _InFloat64(LayerNormWrittenOut):
+    """Turns every request for float32 into one for float64, too."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.float:
             func = torch.Tensor.double
-        elif func is torch.nn.functional.layer_norm:
-            func = _layer_norm
         args = tuple(torch.float64 if a is torch.float32 else a for a in args)
         kwargs = {k: torch.float64 if a is torch.float32 else a for k, a in (kwargs or {}).items()}
-        return func(*args, **kwargs)
-
-
-def _layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
-                eps: float = 1e-5) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    centred = x - x.mean(dims, keepdim=True)
-    normed = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
-    normed = normed if weight is None else normed * weight
-    return normed if bias is None else normed + bias
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def exact_policy(model: PreTrainedModel) -> Policy:
@@ -64,7 +48,7 @@ def exact_policy(model: PreTrainedModel) -> Policy:
 
     @functools.wraps(forward)
     def in_float64(*args, **kwargs):
-        with _Exactly():
+        with _InFloat64():
             return forward(*args, **kwargs)
 
     model.forward = in_float64

@@ -1,13 +1,19 @@
 """Policy-gradient objectives as losses to be minimised, and how per-token losses become one number.
 
 Each takes log-probs [N, T] under the policy and under the one that sampled, advantages [N] or [N, T] and the
-response mask [N, T], and returns per-token losses [N, T] that are 0 outside the mask.
+response mask [N, T], and returns per-token losses [N, T] that are 0 outside the mask. An `Objective` adds what
+its paper does before and after: the advantages, and the aggregation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from deltah.rollouts import Rollouts
 
 AGGREGATIONS = ("sequence_mean", "token_mean", "constant")
 
@@ -61,6 +67,19 @@ def grpo(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Ten
     """
     ratio, advantages = _ratio(log_probs, old_log_probs, mask), _per_token(advantages, mask)
     return torch.where(mask, -_clipped(ratio, advantages, clip_low, clip_high), 0.0)
+
+
+def dr_grpo(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2,
+            clip_high: float = 0.2) -> Tensor:
+    """Dr. GRPO (arXiv 2503.20783): for each token what `grpo` gives; what differs comes before and after.
+
+    The advantages are R − mean, `group_advantages(..., scale=False)`, and the losses are summed and divided by a
+    length that no response has a say in, `aggregate(..., "constant", length)`.
+
+    >>> dr_grpo(torch.tensor([[0.5]]), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1, dtype=torch.bool))
+    tensor([[-1.2000]])
+    """
+    return grpo(log_probs, old_log_probs, advantages, mask, clip_low, clip_high)
 
 
 def gspo(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 3e-4,
@@ -127,6 +146,58 @@ def aggregate(losses: Tensor, mask: Tensor, how: str = "sequence_mean", length: 
     if how == "constant":
         return losses.sum(1).mean() / (length or mask.shape[1])
     raise ValueError(f"how: expected one of {', '.join(AGGREGATIONS)}, got {how!r}")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A per-token loss with the advantages and the aggregation that it is used with.
+
+    Attributes:
+        losses: of this module, such as `grpo`, or a `functools.partial` that sets its hyperparameters.
+        aggregation: how `aggregate` makes one number of the per-token losses.
+        scale: whether `group_advantages` divides by the group's standard deviation.
+        length: the constant of `aggregate`; None: the width of the batch.
+
+    >>> Objective(functools.partial(grpo, clip_high=0.28), aggregation="token_mean")       # doctest: +SKIP
+    """
+
+    losses: Callable[..., Tensor]
+    aggregation: str = "sequence_mean"
+    scale: bool = True
+    length: int | None = None
+
+    def loss(self, log_probs: Tensor, old_log_probs: Tensor, rollouts: Rollouts) -> Tensor:
+        """The scalar that a trainer minimises, from log-probs [N, T]; with A from the rewards if not given.
+
+        Raises:
+            ValueError: rollouts with neither advantages nor rewards, or shapes that do not fit.
+        """
+        advantages = rollouts.advantages
+        if advantages is None:
+            if rollouts.rewards is None:
+                raise ValueError("rollouts: expected advantages, got None, and no rewards to make them from; fill "
+                                 "either in with rollouts.replace(advantages=...)")
+            advantages = group_advantages(rollouts.rewards, rollouts.prompt_index, self.scale)
+        mask = rollouts.response_mask.to(log_probs.device)
+        losses = self.losses(log_probs, old_log_probs, advantages.to(log_probs), mask)
+        return aggregate(losses, mask, self.aggregation, self.length)
+
+
+OBJECTIVES = {"grpo": Objective(grpo), "dr_grpo": Objective(dr_grpo, "constant", scale=False), "gspo": Objective(gspo)}
+
+
+def find(objective: str | Objective) -> Objective:
+    """The objective of that name, with its paper's settings; an `Objective` is returned as it is.
+
+    >>> find("dr_grpo").aggregation
+    'constant'
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)} or an objectives.Objective, "
+                         f"got {objective!r}")
+    return OBJECTIVES[objective]
 
 
 def _ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Tensor:

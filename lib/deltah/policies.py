@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 # Logits that one batch may hold: past 2^22 the CPU spends its time on fresh memory, below 2^28 a GPU idles.
 LOGITS_ON_CPU, LOGITS_ON_GPU = 2**22, 2**28
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+class LayerNormWrittenOut(TorchFunctionMode):
+    """Inside, layer norm is made of elementary operations.
+
+    PyTorch's own is wrong to second order in nested forward mode: its tangent takes the saved mean and deviation
+    for constants.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (_layer_norm if func is torch.nn.functional.layer_norm else func)(*args, **(kwargs or {}))
+
+
+def _layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
+                eps: float = 1e-5) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    normed = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    normed = normed if weight is None else normed * weight
+    return normed if bias is None else normed + bias
 
 
 class Policy:
@@ -90,11 +113,47 @@ class Policy:
         arguments = {"input_ids": input_ids, "use_cache": False}
         if "logits_to_keep" in self._accepts:
             arguments["logits_to_keep"] = keep
+        return self.run(arguments, parameters).logits[:, -keep:]
+
+    def hidden_and_logits(self, input_ids: Tensor, keep: int,
+                          parameters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """As `logits`, with the hidden states [N, keep, d] that the output layer turns into them."""
+        seen = []
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            logits = self.logits(input_ids, keep, parameters)
+        finally:
+            hook.remove()
+        return seen[0][:, -keep:], logits
+
+    def run(self, arguments: Mapping[str, Any], parameters: Mapping[str, Tensor] | None = None) -> Any:
+        """The model's output for keyword `arguments`, with `parameters` in place of its own where given."""
         if parameters is None:
-            output = self.model(**arguments)
-        else:
-            output = torch.func.functional_call(self.model, dict(parameters), (), arguments)
-        return output.logits[:, -keep:]
+            return self.model(**arguments)
+        return torch.func.functional_call(self.model, dict(parameters), (), dict(arguments))
+
+    @contextlib.contextmanager
+    def forward_mode(self) -> Iterator[None]:
+        """Inside, `torch.func.jvp` of the logits is right to any order; on leaving, the model is as it was.
+
+        PyTorch's fused attention has no forward mode: its mathematical form is taken instead, or the model's
+        eager attention where it uses another library's. Its fused layer norm is wrong to second order.
+        """
+        model = self.model
+        attention, experts = (getattr(model.config, name, None)
+                              for name in ("_attn_implementation", "_experts_implementation"))
+        try:
+            if attention not in ("eager", "sdpa", None):
+                model.set_attn_implementation("eager")
+            if experts not in ("eager", None):
+                model.set_experts_implementation("eager")
+            with sdpa_kernel(SDPBackend.MATH), LayerNormWrittenOut():
+                yield
+        finally:
+            if attention not in ("eager", "sdpa", None):
+                model.set_attn_implementation(attention)
+            if experts not in ("eager", None):
+                model.set_experts_implementation(experts)
 
     def shifted(self, direction: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
         """The parameters θ + step · v, for `score(..., parameters=...)`; the model's own stay as they are.
@@ -111,7 +170,7 @@ class Policy:
             if name not in own or v.shape != own[name].shape:
                 expected = f"shape {list(own[name].shape)}" if name in own else "the name of a trainable parameter"
                 raise ValueError(f"direction[{name!r}]: expected {expected}, got {name!r} of shape {list(v.shape)}")
-        return {name: p.detach() + step * direction[name] if name in direction else p.detach()
+        return {name: (p.detach() + step * direction[name]).to(p.dtype) if name in direction else p.detach()
                 for name, p in own.items()}
 
     def generation_arguments(self, attention_mask: Tensor, **arguments: Any) -> dict[str, Any]:

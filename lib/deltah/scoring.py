@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,8 +42,6 @@ def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] |
     >>> log_probs, entropies = score(policy, rollouts)                       # doctest: +SKIP
     >>> -log_probs.sum(1).mean()           # the Monte Carlo entropy of a response   # doctest: +SKIP
     """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: expected an integer ≥ 1, got {batch_size}")
     unknown = set(parameters) - set(policy.model.state_dict()) if parameters else None
     if unknown:
         raise ValueError(f"parameters: the model has none named {min(unknown)!r}")
@@ -51,18 +49,41 @@ def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] |
         raise ValueError(f"rollouts: expected token ids below the policy's vocabulary size {policy.vocabulary_size}, "
                          f"got {int(rollouts.input_ids.min())} to {int(rollouts.input_ids.max())}")
     rollouts = rollouts.to(policy.device)
-    steps = rollouts.response_mask.shape[1]
-    rows = batch_size or policy.rows_at_once(steps)
-    batches = [_score_batch(policy, rollouts.select(slice(start, start + rows)), parameters)
-               for start in range(0, len(rollouts), rows)]
-    scores = TokenScores(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    scores = gather(rollouts, batches(policy, rollouts, batch_size),
+                    lambda batch: _score_batch(policy, batch, parameters)[0])
+    scores = TokenScores(*scores)
     wrong = torch.isnan(scores.log_probs + scores.entropies).any(1)
     if wrong.any():
         raise ValueError(f"policy: the model's logits are NaN or all −inf, first in rollout {int(wrong.nonzero()[0])}")
     return scores
 
 
-def _score_batch(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] | None) -> TokenScores:
+def batches(policy: Policy, rollouts: Rollouts, batch_size: int | None = None) -> list[Tensor]:
+    """Row indices of batches of rollouts of similar length, so that little is computed for padding."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: expected an integer ≥ 1, got {batch_size}")
+    rows = batch_size or policy.rows_at_once(rollouts.response_mask.shape[1])
+    return list(rollouts.attention_mask.sum(1).argsort(stable=True).split(rows))
+
+
+def gather(rollouts: Rollouts, rows: Sequence[Tensor], function: Callable[[Rollouts], Sequence[Tensor]],
+           ) -> tuple[Tensor, ...]:
+    """`function` of each batch, its results [n, t, ...] padded with 0 to [N, T, ...] and in the rollouts' order."""
+    steps, results = rollouts.response_mask.shape[1], []
+    for index in rows:
+        batch = rollouts.select(index)
+        width = batch.prompt_length + int(batch.lengths.max())
+        batch = batch.replace(input_ids=batch.input_ids[:, :width], attention_mask=batch.attention_mask[:, :width],
+                              response_mask=batch.response_mask[:, :width - batch.prompt_length])
+        padding = steps - batch.response_mask.shape[1]
+        results.append([torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, padding)) for x in function(batch)])
+    order = torch.cat(list(rows)).argsort()
+    return tuple(torch.cat(parts)[order] for parts in zip(*results, strict=True))
+
+
+def _score_batch(policy: Policy, rollouts: Rollouts,
+                 parameters: Mapping[str, Tensor] | None) -> tuple[TokenScores, Tensor]:
+    """Scores [n, T], and the hidden states [n, T, d] that the output layer makes each token's logits of."""
     # Rows are aligned on the left: then causal attention alone keeps the padding out, at every position, whatever
     # the model's own treatment of masks.
     steps = rollouts.response_mask.shape[1]
@@ -74,13 +95,14 @@ def _score_batch(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Te
 
     # A token's logits stand at the position before it.
     first = int(prompt_lengths.min()) - 1
-    logits = policy.logits(input_ids, width - first, parameters)
+    hidden, logits = policy.hidden_and_logits(input_ids, width - first, parameters)
     positions = (prompt_lengths - 1 - first + columns[:steps]).clamp(max=width - first - 1)
-    logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
+    hidden, logits = (x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1])) for x in (hidden, logits))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / rollouts.temperature
     log_probs, entropies = log_probs_and_entropies(logits, rollouts.response_ids)
     # torch.where, not a product: padding may hold NaN, and NaN · 0 is NaN.
-    return TokenScores(*(torch.where(rollouts.response_mask, x, 0.0) for x in (log_probs, entropies)))
+    scores = TokenScores(*(torch.where(rollouts.response_mask, x, 0.0) for x in (log_probs, entropies)))
+    return scores, hidden
 
 
 def log_probs_and_entropies(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
