@@ -74,7 +74,7 @@ def test_direction_is_what_the_optimizer_does_after_several_steps(name, dtype, t
 
 @pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "gspo"])
 def test_the_parts_of_a_direction_sum_to_it(objective, random_policy):
-    policy = dh.Policy(random_policy.model.double())
+    policy = dh.exact.exact_policy(random_policy.model)
     optimizer = AdamW(policy.parameters.values(), lr=0.01, weight_decay=0.1)
     for seed in range(2):
         real_change(policy, rollouts_for(policy.vocabulary_size, seed=seed), optimizer, objective)

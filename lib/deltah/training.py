@@ -34,7 +34,8 @@ def policy_gradient_step(policy: Policy, rollouts: Rollouts, old_log_probs: Tens
     0.0
     """
     loss = find(objective).loss(score(policy, rollouts).log_probs, old_log_probs, rollouts)
-    optimizer.zero_grad()
+    # Of parameters that the optimizer does not hold too: their gradients count towards the norm.
+    policy.model.zero_grad()
     loss.backward()
     if max_gradient_norm is not None:
         torch.nn.utils.clip_grad_norm_(policy.parameters.values(), max_gradient_norm)
