@@ -1,9 +1,18 @@
 """deltah: what one reinforcement-learning step does to the entropy of a language model."""
 
 from deltah import exact, figures, ledger, objectives, statistics, training
+from deltah.dynamics import (
+    Attribution,
+    CriticalLearningRate,
+    EntropyChange,
+    attribution,
+    critical_learning_rate,
+    entropy_change,
+)
 from deltah.entropy import control_variate, entropy, truncated_entropy, variance_decomposition
 from deltah.estimates import Estimate
 from deltah.ledger import Ledger
+from deltah.measurement import measured_entropy_change
 from deltah.policies import Policy, load_policy
 from deltah.problems import extract_answer, load_problems, score_answers
 from deltah.rollouts import Rollouts, sample
@@ -11,7 +20,9 @@ from deltah.scoring import TokenScores, log_probs_and_entropies, score
 from deltah.statistics import TwoSampleProduct, UStatistic, two_sample_product, u_statistic
 from deltah.updates import Direction, update_direction
 
-__all__ = ["Direction", "Estimate", "Ledger", "Policy", "Rollouts", "TokenScores", "TwoSampleProduct", "UStatistic",
-           "control_variate", "entropy", "exact", "extract_answer", "figures", "ledger", "load_policy", "load_problems",
-           "log_probs_and_entropies", "objectives", "sample", "score", "score_answers", "statistics", "training",
-           "truncated_entropy", "two_sample_product", "u_statistic", "update_direction", "variance_decomposition"]
+__all__ = ["Attribution", "CriticalLearningRate", "Direction", "EntropyChange", "Estimate", "Ledger", "Policy",
+           "Rollouts", "TokenScores", "TwoSampleProduct", "UStatistic", "attribution", "control_variate",
+           "critical_learning_rate", "entropy", "entropy_change", "exact", "extract_answer", "figures",
+           "ledger", "load_policy", "load_problems", "log_probs_and_entropies", "measured_entropy_change",
+           "objectives", "sample", "score", "score_answers", "statistics", "training", "truncated_entropy",
+           "two_sample_product", "u_statistic", "update_direction", "variance_decomposition"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -246,6 +246,51 @@ def sample(policy: Policy, prompts: Dataset | Sequence[str], responses_per_promp
         response_mask=response_mask, prompt_index=prompt_index, rewards=rewards, temperature=float(temperature))
 
 
+@torch.no_grad()
+def resample(policy: Policy, rollouts: Rollouts, keep: Tensor, uniforms: Tensor,
+             parameters: Mapping[str, Tensor] | None = None, batch_size: int | None = None) -> Rollouts:
+    """The same prompts, with the first `keep` tokens of each response kept and those after them sampled anew.
+
+    Args:
+        policy: the policy.
+        rollouts: N rollouts; their rewards and advantages are left out of the result.
+        keep: [N] integers between 1 and the response's length. A response that ends there with EOS stays as it is.
+        uniforms: [N, T'] float64 in [0, 1), one for each position; T' is where responses are cut.
+        parameters: values in place of the model's own, by name. None: the model's own.
+        batch_size: rollouts at a time; None: as many as suit the device.
+
+    Returns:
+        N rollouts of at most T' tokens.
+
+    >>> resample(policy, rollouts, rollouts.lengths // 2 + 1, torch.rand(8, 64).double())       # doctest: +SKIP
+    """
+    steps = uniforms.shape[1]
+    columns = torch.arange(steps, device=policy.device)
+    tokens = torch.nn.functional.pad(rollouts.response_ids, (0, steps - rollouts.response_mask.shape[1]))
+    mask = columns < keep[:, None]
+    stops = torch.tensor(policy.eos_token_ids, device=policy.device)
+    last = tokens.gather(1, keep[:, None] - 1)[:, 0]
+    running = (~torch.isin(last, stops) & (keep < steps)).nonzero()[:, 0]
+    prompts, known = rollouts.input_ids[:, :rollouts.prompt_length], rollouts.attention_mask[:, :rollouts.prompt_length]
+    rows = batch_size or policy.rows_at_once(1)
+    for batch in running.split(rows) if len(running) else ():
+        encoded = [prompts[i][known[i]].tolist() + tokens[i, :keep[i]].tolist() for i in batch.tolist()]
+        # Column j of the continuation is position keep + j of the response.
+        start = keep[batch]
+        places = (start[:, None] + columns[:steps - int(start.min())]).clamp(max=steps - 1)
+        numbers = uniforms.to(policy.device)[batch].gather(1, places)
+        drawn, alive = _sample_batch(policy, encoded, torch.arange(len(batch)), numbers, rollouts.temperature, [],
+                                     parameters)
+        back = (columns - start[:, None]).clamp(min=0, max=drawn.shape[1] - 1)
+        after = columns >= start[:, None]
+        tokens[batch] = torch.where(after, drawn.gather(1, back), tokens[batch])
+        mask[batch] |= after & alive.gather(1, back)
+    width = int(mask.sum(1).max())
+    tokens, mask = torch.where(mask, tokens, 0)[:, :width], mask[:, :width]
+    return Rollouts(torch.cat([prompts, tokens], 1), torch.cat([known, mask], 1), mask, rollouts.prompt_index,
+                    temperature=rollouts.temperature)
+
+
 def _check_range(name: str, value: float, kind: type | tuple[type, ...], minimum: float = -np.inf,
                  above: float = -np.inf, maximum: float = np.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, kind) or not (value >= minimum and above < value <= maximum):
@@ -280,7 +325,8 @@ def _left_pad(encoded: list[list[int]], device: torch.device) -> tuple[Tensor, T
 
 @torch.no_grad()
 def _sample_batch(policy: Policy, encoded: list[list[int]], prompt_index: Tensor, uniforms: Tensor,
-                  temperature: float, warpers: list) -> tuple[Tensor, Tensor]:
+                  temperature: float, warpers: list,
+                  parameters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Tokens and mask [n, T] of the rollouts at `prompt_index`."""
     count, steps = uniforms.shape
     uniforms = uniforms.to(policy.device)
@@ -292,7 +338,7 @@ def _sample_batch(policy: Policy, encoded: list[list[int]], prompt_index: Tensor
     chosen, inverse = prompt_index.unique(return_inverse=True)
     inverse = inverse.to(policy.device)
     step_ids, attention = _left_pad([encoded[i] for i in chosen.tolist()], policy.device)
-    output = policy.model(**policy.generation_arguments(attention, input_ids=step_ids))
+    output = policy.run(policy.generation_arguments(attention, input_ids=step_ids), parameters)
     cache, logits = getattr(output, "past_key_values", None), output.logits[inverse, -1]
     if cache is None:
         raise ValueError(f"policy: {type(policy.model).__name__} returns no past_key_values; sampling needs a cache")
@@ -315,8 +361,8 @@ def _sample_batch(policy: Policy, encoded: list[list[int]], prompt_index: Tensor
             rows, drawn, attention, running = (x[running] for x in (rows, drawn, attention, running))
         if step + 1 < steps:
             attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
-            arguments = policy.generation_arguments(attention, input_ids=drawn[:, None])
-            logits = policy.model(**arguments, past_key_values=cache).logits[:, -1]
+            arguments = policy.generation_arguments(attention, input_ids=drawn[:, None], past_key_values=cache)
+            logits = policy.run(arguments, parameters).logits[:, -1]
     return tokens, mask
 
 

@@ -49,8 +49,8 @@ def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] |
         raise ValueError(f"rollouts: expected token ids below the policy's vocabulary size {policy.vocabulary_size}, "
                          f"got {int(rollouts.input_ids.min())} to {int(rollouts.input_ids.max())}")
     rollouts = rollouts.to(policy.device)
-    scores = gather(rollouts, batches(policy, rollouts, batch_size),
-                    lambda batch: _score_batch(policy, batch, parameters)[0])
+    scores = in_batches(rollouts, batches(policy, rollouts, batch_size),
+                        lambda batch: score_batch(policy, batch, parameters)[0])
     scores = TokenScores(*scores)
     wrong = torch.isnan(scores.log_probs + scores.entropies).any(1)
     if wrong.any():
@@ -66,8 +66,8 @@ def batches(policy: Policy, rollouts: Rollouts, batch_size: int | None = None) -
     return list(rollouts.attention_mask.sum(1).argsort(stable=True).split(rows))
 
 
-def gather(rollouts: Rollouts, rows: Sequence[Tensor], function: Callable[[Rollouts], Sequence[Tensor]],
-           ) -> tuple[Tensor, ...]:
+def in_batches(rollouts: Rollouts, rows: Sequence[Tensor],
+               function: Callable[[Rollouts], Sequence[Tensor]]) -> tuple[Tensor, ...]:
     """`function` of each batch, its results [n, t, ...] padded with 0 to [N, T, ...] and in the rollouts' order."""
     steps, results = rollouts.response_mask.shape[1], []
     for index in rows:
@@ -81,8 +81,8 @@ def gather(rollouts: Rollouts, rows: Sequence[Tensor], function: Callable[[Rollo
     return tuple(torch.cat(parts)[order] for parts in zip(*results, strict=True))
 
 
-def _score_batch(policy: Policy, rollouts: Rollouts,
-                 parameters: Mapping[str, Tensor] | None) -> tuple[TokenScores, Tensor]:
+def score_batch(policy: Policy, rollouts: Rollouts,
+                parameters: Mapping[str, Tensor] | None) -> tuple[TokenScores, Tensor]:
     """Scores [n, T], and the hidden states [n, T, d] that the output layer makes each token's logits of."""
     # Rows are aligned on the left: then causal attention alone keeps the padding out, at every position, whatever
     # the model's own treatment of masks.

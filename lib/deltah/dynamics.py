@@ -1,0 +1,363 @@
+"""How an update direction changes the policy's entropy, predicted: dH/dη and d²H/dη² along θ + ηv.
+
+With S_k = log π(t_k | t_<k), the next-token entropy H_k, and ∇ the derivative along v, for responses sampled at θ
+
+    dH/dη   = E[ Σ_k  F_k ∇S_k + ∇H_k ],                                F_k = Σ_{j>k} H_j
+    d²H/dη² = E[ Σ_k  F_k (∇²S_k + (∇S_k)² + 2 ∇S_k ∇S_<k) + 2 F'_k ∇S_k + ∇²H_k ],    F'_k = Σ_{j>k} ∇H_j
+
+F_k is the entropy-to-go G_k after the baseline b_k = H_k; a baseline is taken off F_k and F'_k. The entropy per token
+is h = E[Σ H_k] / E[L], so that h' = (H' − h L') / L and h'' = (H'' − 2 h' L' − h L'') / L, where L' and L'' are the
+same sums with 1 in place of H_j. All derivatives come from forward-mode differentiation through the transformer, of all
+tokens of a batch in one pass. Chapters 03, 06 and 07 derive and check this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from deltah.baselines import BASELINES, regression, running_mean, to_go
+from deltah.entropy import UNITS
+from deltah.estimates import Estimate
+from deltah.policies import Policy
+from deltah.rollouts import Rollouts
+from deltah.scoring import batches, in_batches, score, score_batch
+from deltah.updates import Direction
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class EntropyChange(Estimate):
+    """d^order H / dη^order, an `Estimate` whose `contributions` [N] are those of its linearisation.
+
+    Attributes:
+        token_contributions: [N, T], what each token adds: value = Σ token_contributions / N.
+        score_term: the part of `value` that comes with ∇S, the change of which tokens are drawn. The rest comes
+            with the change of H_k at given prefixes, and its variance is mostly small.
+        score_weights: [N, T], of order 1: value = Σ (score_weights · ∇S_k + entropy_weight · ∇H_k).
+        entropy_weight: 1 / N, or 1 / (N E[L]) per token.
+        prompt_index: [N], the clusters of the standard error.
+        order: 1 or 2.
+    """
+
+    token_contributions: Tensor
+    score_term: Estimate
+    score_weights: Tensor
+    entropy_weight: float
+    prompt_index: Tensor
+    order: int
+
+
+def entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping[str, Tensor], order: int = 1,
+                   per: str = "token", baseline: str = "regression", batch_size: int | None = None) -> EntropyChange:
+    """The derivative of the policy's entropy along an update direction, from rollouts that did not make the update.
+
+    Args:
+        policy: the policy, at the parameters θ where the derivative is taken.
+        rollouts: N rollouts sampled from it, at any temperature, without top-k or top-p. Those that made the
+            direction would bias the estimate (chapter 05).
+        direction: v = δθ/η, of `update_direction` or by parameter name; what it leaves out stays still.
+        order: 1 or 2.
+        per: "sequence": of E[Σ_k H_k]. "token": of E[Σ_k H_k] / E[L]; its bias is of order 1/N.
+        baseline: of the score-function terms. "none"; "entropy": b_k = H_k; "running_mean": b_k = H_k + the mean of
+            the rest at position k; "regression": b_k = H_k + a ridge regression of the rest on the hidden state, the
+            entropy and the position. The last two are fitted on other rollouts and add no bias.
+        batch_size: rollouts at a time; None: as many as suit the device.
+
+    Returns:
+        An EntropyChange, in nats (per token) per unit of η^order. Its standard error takes a prompt as the unit of
+        sampling, and the direction as given.
+
+    Raises:
+        ValueError: an argument out of range, a direction that does not fit the policy, fewer than five rollouts for
+            a fitted baseline, a result that is not finite, or a model that has no forward mode.
+
+    Source: the notes, sections 2.3, 2.4 and 2.6.
+
+    >>> change = entropy_change(policy, rollouts, direction)                 # doctest: +SKIP
+    >>> change, 1e-3 * change.value        # per unit of η, and what to expect at η = 1e-3   # doctest: +SKIP
+    (-0.73 ± 0.04, -0.00073)
+    """
+    for name, value, allowed in (("order", order, (1, 2)), ("per", per, UNITS), ("baseline", baseline, BASELINES)):
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
+    rollouts = rollouts.to(policy.device)
+    d = _derivatives(policy, rollouts, direction, order, baseline, batch_size)
+    remaining = _remaining(rollouts, d, baseline)
+    ones, zeros = rollouts.response_mask.double(), torch.zeros_like(d.entropies)
+    entropy = _terms(d.entropies, d.entropies_1, d.entropies_2, d, remaining)
+    # What the entropy is divided by: tokens, whose number changes too, or responses.
+    units = _terms(ones, zeros, zeros, d, remaining) if per == "token" else _Terms(zeros, zeros, zeros)
+    count = ones.sum(1) if per == "token" else ones[:, 0]
+    direct = d.entropies_1 if order == 1 else d.entropies_2
+
+    def derivative(means: Tensor) -> Tensor:
+        h, h_1, h_2 = _quotient(*means[:6])
+        return h_1 if order == 1 else h_2
+
+    sums = (d.entropies, entropy.first, entropy.second, units.first, units.second, direct)
+    samples = torch.stack([x.sum(1) for x in sums], 1)
+    samples = torch.cat([samples[:, :3], count[:, None], samples[:, 3:]], 1)
+    if not torch.isfinite(samples).all():
+        raise ValueError("policy, direction: the derivative is NaN or infinite, first in rollout "
+                         f"{int((~torch.isfinite(samples)).any(1).nonzero()[0])}")
+    clusters, size = rollouts.prompt_index, float(count.mean())
+    whole = Estimate.smooth(derivative, samples, clusters)
+    score_term = Estimate.smooth(lambda means: derivative(means) - means[6] / means[3], samples, clusters)
+    h, h_1, _ = _quotient(*samples.mean(0)[:6])
+    tokens = entropy.first - h * units.first
+    if order == 2:
+        tokens = entropy.second - 2 * h_1 * units.first - h * units.second
+    return EntropyChange(
+        **{f.name: getattr(whole, f.name) for f in fields(Estimate)}, token_contributions=tokens / size,
+        score_term=score_term, score_weights=(entropy.rest - h * units.rest) / (size * len(rollouts)),
+        entropy_weight=1 / (size * len(rollouts)), prompt_index=clusters, order=order)
+
+
+def _quotient(x: Tensor, x_1: Tensor, x_2: Tensor, n: Tensor, n_1: Tensor, n_2: Tensor) -> tuple[Tensor, ...]:
+    """x / n and its first two derivatives."""
+    h = x / n
+    h_1 = (x_1 - h * n_1) / n
+    return h, h_1, (x_2 - 2 * h_1 * n_1 - h * n_2) / n
+
+
+class _Terms(NamedTuple):
+    """Each token's terms of the derivatives of E[Σ_k x_k], [N, T], and F_k − b_k of the first."""
+
+    rest: Tensor
+    first: Tensor
+    second: Tensor
+
+
+def _terms(x: Tensor, x_1: Tensor, x_2: Tensor | None, d: _Derivatives,
+           remaining: Callable[[Tensor, Tensor], Tensor]) -> _Terms:
+    rest = remaining(x, d.scores_1)
+    first = rest * d.scores_1 + x_1
+    if d.scores_2 is None:
+        return _Terms(rest, first, torch.zeros_like(first))
+    before = d.scores_1.cumsum(1) - d.scores_1
+    curvature = d.scores_2 + d.scores_1.square() + 2 * d.scores_1 * before
+    second = remaining(x, curvature) * curvature + 2 * remaining(x_1, d.scores_1) * d.scores_1 + x_2
+    return _Terms(rest, first, second)
+
+
+def _remaining(rollouts: Rollouts, d: _Derivatives, baseline: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of x and what multiplies it, [N, T]: the sum of x over the tokens after k, less its baseline."""
+    mask, features = rollouts.response_mask, None
+    if baseline == "regression":
+        position = torch.arange(mask.shape[1], device=mask.device, dtype=torch.float64).expand(mask.shape)
+        prompt = (rollouts.attention_mask.sum(1) - rollouts.lengths).double()[:, None].expand(mask.shape)
+        known = torch.stack([d.entropies, d.entropies.square(), position, 1 / (1 + position), prompt], -1)
+        features = torch.cat([d.hidden.double(), known], -1)
+
+    def remaining(x: Tensor, factor: Tensor) -> Tensor:
+        target = to_go(x) if baseline == "none" else to_go(x) - x
+        if not target.any():
+            return target
+        if baseline == "running_mean":
+            target = target - running_mean(target, mask)
+        if baseline == "regression":
+            target = target - regression(features, target, factor.square(), mask)
+        return torch.where(mask, target, 0.0)
+
+    return remaining
+
+
+class _Derivatives(NamedTuple):
+    """H_k and the derivatives along v of H_k and of S_k, [N, T] in float64, and the hidden states [N, T, d]."""
+
+    entropies: Tensor
+    scores_1: Tensor
+    entropies_1: Tensor
+    scores_2: Tensor | None
+    entropies_2: Tensor | None
+    hidden: Tensor | None
+
+
+def _derivatives(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping[str, Tensor], order: int,
+                 baseline: str, batch_size: int | None) -> _Derivatives:
+    v = direction.vector if isinstance(direction, Direction) else direction
+    parameters = policy.shifted(v, 0.0)
+    # What does not move needs no tangent.
+    v = {name: x.detach().to(parameters[name]) for name, x in v.items() if x.any()}
+    moving = {name: parameters[name] for name in v}
+    if not all(torch.isfinite(x).all() for x in v.values()):
+        raise ValueError("direction: expected finite numbers, got NaN or infinity")
+
+    def along(function):
+        # The hidden states ride along, undifferentiated.
+        def differentiated(theta):
+            values, tangents, hidden = torch.func.jvp(function, (theta,), (v,), has_aux=True)
+            return (values, tangents), hidden
+        return differentiated
+
+    def one_batch(batch: Rollouts) -> list[Tensor]:
+        def scored(theta):
+            scores, hidden = score_batch(policy, batch, parameters | theta)
+            return tuple(scores), hidden
+
+        if not v:
+            (_, h), hidden = scored({})
+            values = [h] + [torch.zeros_like(h)] * (2 * order)
+        elif order == 1:
+            ((_, h), tangents), hidden = along(scored)(moving)
+            values = [h, *tangents]
+        else:
+            (((_, h), tangents), (_, curvatures)), hidden = along(along(scored))(moving)
+            values = [h, *tangents, *curvatures]
+        return values + [hidden] * (baseline == "regression")
+
+    rows = batches(policy, rollouts, batch_size or max(1, policy.rows_at_once(rollouts.response_mask.shape[1]) // 2))
+    try:
+        # Without grad mode some backward formulas, of which tangents are made, cannot be differentiated once more.
+        with torch.enable_grad(), policy.forward_mode():
+            results = list(in_batches(rollouts, rows, one_batch))
+    except NotImplementedError as error:
+        raise ValueError(f"policy: {type(policy.model).__name__} has no forward mode: {error}") from error
+    hidden = results.pop() if baseline == "regression" else None
+    results = [x.double() for x in results] + [None, None] * (2 - order)
+    return _Derivatives(*results, hidden)
+
+
+class Attribution(NamedTuple):
+    """The first-order entropy change per unit of η, by cause; all parts sum to the `EntropyChange` it explains.
+
+    Attributes:
+        tokens: [N, T], of the rollouts that made the update.
+        momentum: of what the optimizer remembers of earlier batches.
+        weight_decay: of weight decay.
+    """
+
+    tokens: Tensor
+    momentum: float
+    weight_decay: float
+
+
+def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change: EntropyChange,
+                batch_size: int | None = None) -> Attribution:
+    """Which tokens of the update, and what else in the optimizer, a first-order entropy change comes from.
+
+    The change is linear in the direction, which is a sum over the tokens of the update batch, momentum and weight
+    decay. One backward pass over `rollouts` gives the entropy's gradient u; the derivative of each token's log-prob
+    along P ∘ u, times the token's weight in the loss, is its share.
+
+    Args:
+        policy: the policy, as it was for `change`.
+        rollouts: those that `change` was estimated from.
+        direction: that of `change`.
+        change: `entropy_change(policy, rollouts, direction)`, of order 1.
+        batch_size: rollouts at a time; None: as many as suit the device.
+
+    Returns:
+        An Attribution, in nats (per token) per unit of η; `.tokens.sum(1)` is what each rollout of the update did.
+
+    Raises:
+        ValueError: a change of order 2 or of other rollouts.
+
+    >>> causes = attribution(policy, rollouts, direction, change)            # doctest: +SKIP
+    >>> causes.tokens.sum(1).argsort()[:8]     # the rollouts that lowered the entropy most   # doctest: +SKIP
+    """
+    if change.score_weights.shape != rollouts.response_mask.shape or change.order != 1:
+        raise ValueError(f"change: expected one of order 1 of these rollouts, {list(rollouts.response_mask.shape)}, "
+                         f"got order {change.order} of {list(change.score_weights.shape)}")
+    rollouts = rollouts.to(policy.device)
+    gradient = _entropy_gradient(policy, rollouts, change, batch_size)
+
+    def along(part: Mapping[str, Tensor]) -> float:
+        return float(sum((gradient[name].double() * part[name]).sum() for name in gradient))
+
+    toward = {name: scale * gradient[name] for name, scale in direction.preconditioner.items() if name in gradient}
+    shares = _derivatives(policy, direction.rollouts, toward, 1, "none", batch_size).scores_1
+    return Attribution(direction.token_weights.double() * shares, along(direction.parts["momentum"]),
+                       along(direction.parts["weight_decay"]))
+
+
+def _entropy_gradient(policy: Policy, rollouts: Rollouts, change: EntropyChange,
+                      batch_size: int | None) -> dict[str, Tensor]:
+    """The gradient of the estimated entropy, of which `change` is the product with its direction."""
+    parameters, total = policy.parameters, {}
+    for rows in batches(policy, rollouts, batch_size):
+        with torch.enable_grad():
+            log_probs, entropies = score(policy, rollouts.select(rows))
+            surrogate = (change.score_weights[rows].to(log_probs) * log_probs).sum()
+            surrogate = surrogate + change.entropy_weight * entropies.sum()
+            gradients = torch.autograd.grad(surrogate, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                total[name] = total[name].add_(gradient) if name in total else gradient
+    return total
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class CriticalLearningRate(Estimate):
+    """η* = 2 |dH/dη| / |d²H/dη²|, an `Estimate` whose interval is Fieller's: it may have no upper end.
+
+    Attributes:
+        first, second: the two derivatives.
+        covariance: of their estimates.
+    """
+
+    first: Estimate
+    second: Estimate
+    covariance: float
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """All η* that the derivatives allow; up to infinity where the second may be zero.
+
+        Raises:
+            ValueError: `level` outside (0, 1).
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+        if self.count < 2:
+            return 0.0, math.inf
+        # Fieller: ratios r for which 2 d₁ − r d₂ is no further from 0 than its error allows, a r² − 2 b r + c ≤ 0.
+        t = float(student_t.ppf(0.5 + level / 2, self.count - 1))
+        n, d = 2 * self.first.value, self.second.value
+        a = d**2 - (t * self.second.standard_error) ** 2
+        b = n * d - t**2 * 2 * self.covariance
+        c = n**2 - (2 * t * self.first.standard_error) ** 2
+        discriminant = b**2 - a * c
+        if discriminant < 0 or a == 0:
+            return 0.0, math.inf
+        ends = sorted(abs((b + sign * math.sqrt(discriminant)) / a) for sign in (-1, 1))
+        return 0.0 if c <= 0 else ends[0], ends[1] if a > 0 else math.inf
+
+
+def critical_learning_rate(first: Estimate, second: Estimate) -> CriticalLearningRate:
+    """The learning rate at which the second-order change is as large as the first: η* = 2 |dH/dη| / |d²H/dη²|.
+
+    Args:
+        first, second: `entropy_change` of order 1 and 2 along one direction; from the same rollouts, their errors'
+            covariance is accounted for, otherwise they are taken as independent.
+
+    Returns:
+        A CriticalLearningRate, in the unit of η.
+
+    Raises:
+        ValueError: a second derivative of exactly zero.
+
+    Source: the notes, section 2.5.
+
+    >>> critical_learning_rate(Estimate(-2.0, 0.1, 100), Estimate(400.0, 20.0, 100))
+    0.0100 ± 0.0007
+    """
+    if second.value == 0:
+        raise ValueError("second: expected a second derivative other than 0, got 0: the first order never fails")
+    covariance = 0.0
+    if isinstance(first, EntropyChange) and isinstance(second, EntropyChange) and torch.equal(
+            first.prompt_index, second.prompt_index):
+        clusters = first.prompt_index
+        both, one, other = (Estimate.mean(x, clusters).standard_error ** 2 for x in (
+            first.contributions + second.contributions, first.contributions, second.contributions))
+        covariance = (both - one - other) / 2
+    ratio = 2 * first.value / second.value
+    variance = (2 * first.standard_error) ** 2 - 4 * ratio * covariance + (ratio * second.standard_error) ** 2
+    return CriticalLearningRate(abs(ratio), math.sqrt(max(variance, 0.0)) / abs(second.value),
+                                min(first.count, second.count), first=first, second=second, covariance=covariance)

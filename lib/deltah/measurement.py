@@ -1,0 +1,169 @@
+"""How much the policy's entropy did change over a step, measured in two independent ways.
+
+Importance weights reuse the rollouts of θ: what the shifted policy π' does at position k is a mean over rollouts with
+weights w_k = Π_{j<k} π'(t_j) / π(t_j), normalised at each k. As η → 0 its linearisation is `entropy_change` with the
+mean over rollouts at position k as baseline. It works until a few rollouts hold all the weight.
+
+Coupled sampling keeps a token t_k of θ with probability min(1, π'(t_k) / π(t_k)), else draws from what π' has in excess
+of π, and goes on from there with π'. The responses are then those of π' at any distance, and each token stays with the
+highest probability that any coupling allows (Gumbel noise shared by both policies parts them up to twice as often).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from deltah.entropy import UNITS
+from deltah.estimates import Estimate
+from deltah.policies import Policy
+from deltah.rollouts import Rollouts, resample
+from deltah.scoring import TokenScores, score
+from deltah.updates import Direction
+
+METHODS = ("importance", "coupled")
+# Below this share of effective samples, intervals of importance weights cover less than they say (chapter 06).
+COLLAPSED = 0.5
+
+
+def measured_entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping[str, Tensor],
+                            learning_rates: Sequence[float], per: str = "token", method: str = "importance",
+                            seed: int = 0, max_new_tokens: int | None = None,
+                            batch_size: int | None = None) -> pd.DataFrame:
+    """H(θ + ηv) − H(θ) for each learning rate η; the policy stays as it is.
+
+    Args:
+        policy: the policy at θ.
+        rollouts: N rollouts sampled from it without top-k or top-p, not those that made the direction.
+        direction: v = δθ/η, of `update_direction` or by parameter name; what it leaves out stays still.
+        learning_rates: η, each.
+        per: "sequence": of E[Σ_k H_k]. "token": of E[Σ_k H_k] / E[L]; its bias is of order 1/N.
+        method: "importance" or "coupled".
+        seed: of coupled sampling.
+        max_new_tokens: where the rollouts were cut, for coupled sampling; None: at the longest of them.
+        batch_size: rollouts at a time; None: as many as suit the device.
+
+    Returns:
+        A row for each η with the columns learning_rate; change, standard_error, low and high (the 95% interval), in
+        nats (per token); effective_sample_size (Σ w)² / Σ w² of whole responses, N when coupled; collapsed: True
+        where importance weights no longer represent the shifted policy, and then change and its error are NaN.
+
+    Raises:
+        ValueError: an argument out of range, or a direction that does not fit the policy.
+
+    Source: the notes, section 2.4, whose weights are those of whole responses.
+
+    >>> measured_entropy_change(policy, rollouts, direction, [1e-4, 1e-3])   # doctest: +SKIP
+    """
+    for name, value, allowed in (("per", per, UNITS), ("method", method, METHODS)):
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    rates = [float(rate) for rate in learning_rates]
+    if not rates or not all(0 <= rate < float("inf") for rate in rates):
+        raise ValueError(f"learning_rates: expected one or more finite numbers ≥ 0, got {learning_rates}")
+    steps = max_new_tokens or rollouts.response_mask.shape[1]
+    if steps < rollouts.response_mask.shape[1]:
+        raise ValueError(f"max_new_tokens: expected at least the rollouts' {rollouts.response_mask.shape[1]}, "
+                         f"got {max_new_tokens}")
+    v = direction.vector if isinstance(direction, Direction) else direction
+    rollouts, rows = rollouts.to(policy.device), []
+    with torch.no_grad():
+        before = score(policy, rollouts, batch_size=batch_size)
+        for rate in tqdm(rates, desc="learning rates", leave=False, delay=1):
+            parameters = policy.shifted(v, rate)
+            if method == "importance":
+                change, size = _reweighted(rollouts, before, score(policy, rollouts, parameters, batch_size), per)
+            else:
+                moved = _coupled(policy, rollouts, before, parameters, steps, seed, batch_size)
+                after = score(policy, moved, parameters, batch_size)
+                change, size = _difference(rollouts, before, moved, after, per), float(len(rollouts))
+            collapsed = change is None
+            low, high = (float("nan"),) * 2 if collapsed else change.interval()
+            rows.append({"learning_rate": rate, "change": float("nan") if collapsed else change.value,
+                         "standard_error": float("nan") if collapsed else change.standard_error, "low": low,
+                         "high": high, "effective_sample_size": size, "collapsed": collapsed})
+    return pd.DataFrame(rows)
+
+
+def _reweighted(rollouts: Rollouts, before: TokenScores, after: TokenScores,
+                per: str) -> tuple[Estimate | None, float]:
+    """The change, None where the weights have collapsed, and the effective sample size."""
+    mask = rollouts.response_mask
+    log_ratios = (after.log_probs.double() - before.log_probs.double()).cumsum(1)
+    weights = torch.cat([torch.zeros_like(log_ratios[:, :1]), log_ratios[:, :-1]], 1).exp()
+    whole = log_ratios[:, -1].exp()
+    size = float(whole.sum().square() / whole.square().sum())
+    spread = Estimate.mean(whole, rollouts.prompt_index)
+    # E[w] = 1: a mean far from it has missed responses that the shifted policy gives.
+    if not size >= COLLAPSED * len(rollouts) or abs(spread.value - 1) > 4 * spread.standard_error + 1e-6:
+        return None, size
+    weights = weights / weights.mean(0)
+
+    def moved(x: Tensor) -> Tensor:
+        """Σ_k of the weighted mean of x_k, linearised: [N] with that mean."""
+        means = (weights * x).mean(0)
+        return (means + weights * (x - means)).sum(1)
+
+    old, new = before.entropies.double(), after.entropies.double()
+    samples = [moved(new), old.sum(1)]
+    if per == "sequence":
+        return Estimate.mean(samples[0] - samples[1], rollouts.prompt_index), size
+    samples += [moved(mask.double()), mask.double().sum(1)]
+    return _ratios(*samples, rollouts.prompt_index), size
+
+
+def _difference(rollouts: Rollouts, before: TokenScores, moved: Rollouts, after: TokenScores, per: str) -> Estimate:
+    new, old = after.entropies.double().sum(1), before.entropies.double().sum(1)
+    if per == "sequence":
+        return Estimate.mean(new - old, rollouts.prompt_index)
+    return _ratios(new, old, moved.lengths.double(), rollouts.lengths.double(), rollouts.prompt_index)
+
+
+def _ratios(new: Tensor, old: Tensor, new_lengths: Tensor, old_lengths: Tensor, clusters: Tensor) -> Estimate:
+    """mean(new) / mean(new_lengths) − mean(old) / mean(old_lengths)."""
+    samples = torch.stack([new, old, new_lengths, old_lengths], 1)
+    return Estimate.smooth(lambda means: means[0] / means[2] - means[1] / means[3], samples, clusters)
+
+
+def _coupled(policy: Policy, rollouts: Rollouts, before: TokenScores, parameters: Mapping[str, Tensor], steps: int,
+             seed: int, batch_size: int | None) -> Rollouts:
+    """Responses of the policy at `parameters`, each coupled to one of `rollouts`."""
+    after = score(policy, rollouts, parameters, batch_size)
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(len(rollouts), steps + 1, dtype=torch.float64, generator=generator).to(policy.device)
+    mask = rollouts.response_mask
+    kept = uniforms[:, :mask.shape[1]] < (after.log_probs.double() - before.log_probs.double()).exp()
+    parted = ~kept & mask
+    rows = parted.any(1).nonzero()[:, 0]
+    if len(rows) == 0:
+        return rollouts
+    first = parted[rows].int().argmax(1)
+    branch = rollouts.select(rows)
+    own, other = (_next_token_probs(policy, branch, first, p, batch_size) for p in (None, parameters))
+    excess = (other - own).clamp(min=0).cumsum(1)
+    drawn = torch.searchsorted(excess, uniforms[rows, -1:] * excess[:, -1:], right=True)[:, 0]
+    tokens = rollouts.input_ids.clone()
+    tokens[rows, rollouts.prompt_length + first] = drawn
+    keep = rollouts.lengths.index_put((rows,), first + 1)
+    return resample(policy, rollouts.replace(input_ids=tokens), keep, uniforms[:, :-1], parameters, batch_size)
+
+
+def _next_token_probs(policy: Policy, rollouts: Rollouts, position: Tensor, parameters: Mapping[str, Tensor] | None,
+                      batch_size: int | None) -> Tensor:
+    """The distribution that response token `position` [n] was drawn from, [n, V] in float64."""
+    found = []
+    for rows in torch.arange(len(rollouts), device=position.device).split(batch_size or policy.rows_at_once(1)):
+        batch, at = rollouts.select(rows), position[rows]
+        prompts = batch.attention_mask[:, :batch.prompt_length].sum(1)
+        width = int((prompts + at).max())
+        columns = torch.arange(width, device=at.device) + batch.prompt_length - prompts[:, None]
+        input_ids = batch.input_ids.gather(1, columns.clamp(max=batch.input_ids.shape[1] - 1))
+        keep = width - int((prompts + at).min()) + 1
+        logits = policy.logits(input_ids, keep, parameters)
+        place = (prompts + at - 1 - (width - keep))[:, None, None].expand(-1, 1, logits.shape[-1])
+        found.append((logits.gather(1, place)[:, 0].double() / rollouts.temperature).softmax(-1))
+    return torch.cat(found)
