@@ -1,10 +1,12 @@
 """Baselines for the score-function terms of an entropy's derivative: what a token could not have changed.
 
 A term (F_k − b_k) ∇S_k, with F_k a sum over the tokens after k, keeps its expectation for every baseline b_k that
-depends on the tokens before k and on other rollouts, as E[∇S_k | t_<k] = 0. The variance is least, to the extent
-that terms of different k are uncorrelated, where b_k minimises E[(F_k − b_k)² (∇S_k)²]: a weighted regression of F_k
-on what is known before k. Every fit here is cross-fitted: a rollout's baseline comes from other rollouts, so it adds no
-bias, whatever the fit is worth.
+depends on the tokens before k and on other rollouts, as E[∇S_k | t_<k] = 0. The learned baseline is made in two
+steps, each fitted on other rollouts than the one it serves, so that it adds no bias, whatever the fit is worth:
+
+1. a ridge regression of F_k on what is known before token k, which estimates E[F_k | t_<k];
+2. the combination of that prediction with 1, H_k, H_k² and k for which the sum Σ_k (F_k − b_k) ∇S_k varies least. The
+   terms of different k depend on each other, so that the best prediction of F_k alone need not be the best baseline.
 """
 
 from __future__ import annotations
@@ -16,86 +18,124 @@ BASELINES = ("none", "entropy", "running_mean", "regression")
 FOLDS = 5
 # Of a feature's variance; the best is chosen on rollouts that the baseline does not serve.
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+# Step 2 starts from the prediction alone, and gives that start the weight of so many rollouts.
+PRIOR_ROLLOUTS = 10
 
 
 def to_go(x: Tensor) -> Tensor:
-    """Σ_{k' ≥ k} x_k' along the last dimension.
+    """Σ_{k' ≥ k} x_k' along dimension 1.
 
-    >>> to_go(torch.tensor([1.0, 2.0, 3.0]))
-    tensor([6., 5., 3.])
+    >>> to_go(torch.tensor([[1.0, 2.0, 3.0]]))
+    tensor([[6., 5., 3.]])
     """
-    return x.flip(-1).cumsum(-1).flip(-1)
+    return x.flip(1).cumsum(1).flip(1)
 
 
-def running_mean(targets: Tensor, mask: Tensor) -> Tensor:
-    """The mean of `targets` [N, T] at each position over the tokens of other folds' rollouts, [N, T]; 0 if none."""
-    fold, baseline = _folds(mask), torch.zeros_like(targets)
-    for f in range(FOLDS):
-        others = mask & (fold != f)[:, None]
-        means = torch.where(others, targets, 0.0).sum(0) / others.sum(0).clamp(min=1)
-        baseline[fold == f] = means
-    return torch.where(mask, baseline, 0.0)
-
-
-def regression(features: Tensor, targets: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    """Ridge regression of `targets` on `features` over the tokens of other folds' rollouts, predicted for each token.
-
-    The penalty of a feature is in proportion to its variance, and chosen by cross-validation within the folds that
-    the fit may see.
+class Remaining:
+    """F_k − b_k: what quantities of the tokens sum up to after token k, less a baseline.
 
     Args:
-        features: [N, T, F], known before the token is drawn.
-        targets: [N, T].
-        weights: [N, T] ≥ 0.
+        quantities: by name, [N, T] float64, 0 outside the mask: a value for each token.
+        baseline: one of BASELINES. "none" counts token k in, the others do not.
         mask: [N, T] bool.
-
-    Returns:
-        [N, T] in float64; 0 outside the mask.
+        entropies: [N, T], H_k; for "regression".
+        features: [N, T, F], known before the token is drawn; for "regression".
 
     Raises:
-        ValueError: fewer rollouts than folds.
+        ValueError: a fitted baseline with fewer rollouts than folds.
+
+    >>> x, mask = torch.ones(1, 3).double(), torch.ones(1, 3, dtype=torch.bool)
+    >>> Remaining({"tokens": x}, "entropy", mask)("tokens", factor=torch.ones(1, 3))
+    tensor([[2., 1., 0.]], dtype=torch.float64)
     """
-    fold = _folds(mask)[:, None].expand_as(mask)[mask]
-    x, y, w = features[mask].double(), targets[mask].double(), weights[mask].double()
-    x = torch.cat([torch.ones_like(x[:, :1]), x], 1)
-    # All that a fit needs of a fold: moments with the target as a last column.
-    moments = []
-    for f in range(FOLDS):
-        rows = torch.cat([x[fold == f], y[fold == f, None]], 1)
-        moments.append((w[fold == f, None] * rows).T @ rows)
-    total = sum(moments)
-    prediction = torch.zeros_like(y)
-    for f in range(FOLDS):
-        seen = total - moments[f]
-        losses = torch.zeros(len(PENALTIES), dtype=torch.float64)
-        for g in (g for g in range(FOLDS) if g != f):
-            fits = (_ridge(seen - moments[g], penalty) for penalty in PENALTIES)
-            losses += torch.stack([_loss(moments[g], fit) for fit in fits]).cpu()
-        best = PENALTIES[int(losses.argmin())]
-        prediction[fold == f] = x[fold == f] @ _ridge(seen, best)
-    return torch.zeros_like(targets, dtype=torch.float64).masked_scatter(mask, prediction)
+
+    def __init__(self, quantities: dict[str, Tensor], baseline: str, mask: Tensor, entropies: Tensor | None = None,
+                 features: Tensor | None = None):
+        self.names, x = list(quantities), torch.stack(list(quantities.values()), -1)
+        targets = to_go(x) if baseline == "none" else to_go(x) - x
+        self.targets = torch.where(mask[..., None], targets, 0.0)
+        self.mask, self.predictions = mask, None
+        if baseline in ("running_mean", "regression"):
+            if len(mask) < FOLDS:
+                raise ValueError(f"rollouts: expected at least {FOLDS}, as the baseline of one is fitted on others; "
+                                 f"got {len(mask)}")
+            # Rollouts of one prompt, which are adjacent, fall into different folds.
+            self.folds = torch.arange(len(mask), device=mask.device) % FOLDS
+        if baseline == "running_mean":
+            self.targets = self.targets - self._running_mean()
+        if baseline == "regression":
+            self.predictions = self._predictions(torch.cat([torch.ones_like(features[..., :1]), features], -1))
+            position = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+            known = (torch.ones_like(entropies), entropies, entropies.square(), position)
+            self.known = torch.stack([x.double() * mask for x in known], -1)
+
+    def __call__(self, name: str, factor: Tensor) -> Tensor:
+        """[N, T], for one of the quantities and the factor [N, T] that is to multiply it."""
+        quantity = self.names.index(name)
+        target = self.targets[..., quantity]
+        if self.predictions is None or not target.any():
+            return target
+        result, factor = torch.empty_like(target), factor.double()
+        for fold, prediction in enumerate(self.predictions[..., quantity]):
+            basis = torch.cat([prediction[..., None], self.known], -1)
+            others = self.folds != fold
+            sums = torch.einsum("ntk,nt->nk", basis, factor)[others]
+            rest = ((target - prediction) * factor).sum(1)[others]
+            sums, rest = sums - sums.mean(0), rest - rest.mean()
+            gram = sums.T @ sums
+            ridge = gram.diagonal() * PRIOR_ROLLOUTS / len(rest) + 1e-300
+            more = torch.linalg.solve(gram + torch.diag(ridge), sums.T @ rest)
+            result[~others] = (target - prediction - basis @ more)[~others]
+        return torch.where(self.mask, result, 0.0)
+
+    def _running_mean(self) -> Tensor:
+        """The mean of the targets at each position over the tokens of other folds' rollouts; 0 if there are none."""
+        means = torch.zeros_like(self.targets)
+        for fold in range(FOLDS):
+            others = self.mask & (self.folds != fold)[:, None]
+            sums = torch.where(others[..., None], self.targets, 0.0).sum(0)
+            means[self.folds == fold] = sums / others.sum(0).clamp(min=1)[:, None]
+        return torch.where(self.mask[..., None], means, 0.0)
+
+    def _predictions(self, features: Tensor) -> Tensor:
+        """[FOLDS, N, T, K]: ridge regressions of the targets, each fitted without the rollouts of one fold."""
+        fold = self.folds[:, None].expand_as(self.mask)[self.mask]
+        x, y = features[self.mask].double(), self.targets[self.mask]
+        rows = torch.cat([x, y], 1)
+        # All that a fit, or its error, needs of a fold.
+        moments = torch.stack([rows[fold == f].T @ rows[fold == f] for f in range(FOLDS)])
+        pairs = [(f, g) for f in range(FOLDS) for g in range(f)]
+        seen = moments.sum(0) - torch.stack([moments[f] + moments[g] for f, g in pairs])
+        losses = torch.zeros(FOLDS, len(PENALTIES), y.shape[1], dtype=x.dtype, device=x.device)
+        for i, penalty in enumerate(PENALTIES):
+            fits = _ridge(seen, torch.full((y.shape[1],), penalty, dtype=x.dtype, device=x.device))
+            for (f, g), fit in zip(pairs, fits, strict=True):
+                losses[f, i] += _losses(moments[g], fit)
+                losses[g, i] += _losses(moments[f], fit)
+        best = torch.tensor(PENALTIES, dtype=x.dtype, device=x.device)[losses.argmin(1)]
+        predictions = torch.zeros(FOLDS, *self.targets.shape, dtype=x.dtype, device=x.device)
+        for f in range(FOLDS):
+            predictions[f][self.mask] = x @ _ridge((moments.sum(0) - moments[f])[None], best[f])[0]
+        return predictions
 
 
-def _ridge(moments: Tensor, penalty: float) -> Tensor:
-    """Coefficients [F] for moments [F + 1, F + 1] of features, the first constant, and the target."""
-    gram, cross = moments[:-1, :-1], moments[:-1, -1]
-    total = gram[0, 0].clamp(min=1e-300)
-    variances = (gram.diagonal() - gram[0].square() / total).clamp(min=0)
-    # A feature that does not vary gets some penalty still, so that the system has one solution.
-    ridge = penalty * variances + 1e-9 * gram.diagonal() + 1e-300
-    ridge[0] = 1e-12 * total
-    return torch.linalg.solve(gram + torch.diag(ridge), cross)
+def _ridge(moments: Tensor, penalties: Tensor) -> Tensor:
+    """Coefficients [B, F, K] from moments [B, F + K, F + K] of features, the first constant, and targets."""
+    count = len(penalties)
+    gram, cross = moments[:, :-count, :-count], moments[:, :-count, -count:]
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    variances = (diagonal - gram[:, 0].square() / diagonal[:, :1].clamp(min=1e-300)).clamp(min=0)
+    solutions = []
+    for penalty, target in zip(penalties, cross.unbind(-1), strict=True):
+        # A feature that does not vary is penalised a little still, so that there is one solution.
+        ridge = penalty * variances + 1e-9 * diagonal + 1e-300
+        ridge[:, 0] = 1e-12 * diagonal[:, 0] + 1e-300
+        solutions.append(torch.linalg.solve(gram + torch.diag_embed(ridge), target))
+    return torch.stack(solutions, -1)
 
 
-def _loss(moments: Tensor, coefficients: Tensor) -> Tensor:
-    """Σ w (y − x · coefficients)²."""
-    full = torch.cat([coefficients, -coefficients.new_ones(1)])
-    return full @ moments @ full
-
-
-def _folds(mask: Tensor) -> Tensor:
-    """A fold for each rollout; those of one prompt, which are adjacent, fall into different ones."""
-    if len(mask) < FOLDS:
-        raise ValueError(f"rollouts: expected at least {FOLDS}, as the baseline of one is fitted on others; "
-                         f"got {len(mask)}")
-    return torch.arange(len(mask), device=mask.device) % FOLDS
+def _losses(moments: Tensor, coefficients: Tensor) -> Tensor:
+    """Σ (y − x · coefficients)² of each target, [K]."""
+    count = coefficients.shape[1]
+    full = torch.cat([coefficients, -torch.eye(count, dtype=coefficients.dtype, device=coefficients.device)])
+    return torch.einsum("fk,fg,gk->k", full, moments, full)

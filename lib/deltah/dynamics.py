@@ -14,7 +14,7 @@ tokens of a batch in one pass. Chapters 03, 06 and 07 derive and check this.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from deltah.baselines import BASELINES, regression, running_mean, to_go
+from deltah.baselines import BASELINES, Remaining
 from deltah.entropy import UNITS
 from deltah.estimates import Estimate
 from deltah.policies import Policy
@@ -65,8 +65,8 @@ def entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Ma
         order: 1 or 2.
         per: "sequence": of E[Σ_k H_k]. "token": of E[Σ_k H_k] / E[L]; its bias is of order 1/N.
         baseline: of the score-function terms. "none"; "entropy": b_k = H_k; "running_mean": b_k = H_k + the mean of
-            the rest at position k; "regression": b_k = H_k + a ridge regression of the rest on the hidden state, the
-            entropy and the position. The last two are fitted on other rollouts and add no bias.
+            the rest at position k; "regression": b_k = H_k + a baseline learned from the hidden state, H_k and k
+            (`baselines`). The last two are fitted on other rollouts and add no bias.
         batch_size: rollouts at a time; None: as many as suit the device.
 
     Returns:
@@ -88,21 +88,28 @@ def entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Ma
             raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
     rollouts = rollouts.to(policy.device)
     d = _derivatives(policy, rollouts, direction, order, baseline, batch_size)
-    remaining = _remaining(rollouts, d, baseline)
-    ones, zeros = rollouts.response_mask.double(), torch.zeros_like(d.entropies)
-    entropy = _terms(d.entropies, d.entropies_1, d.entropies_2, d, remaining)
-    # What the entropy is divided by: tokens, whose number changes too, or responses.
-    units = _terms(ones, zeros, zeros, d, remaining) if per == "token" else _Terms(zeros, zeros, zeros)
-    count = ones.sum(1) if per == "token" else ones[:, 0]
+    mask, zeros = rollouts.response_mask, torch.zeros_like(d.entropies)
+    # What the entropy is divided by: tokens, whose number changes too, or responses. The entropy less a constant for
+    # each token has the same derivatives per token, and with its mean for the constant the least variance.
+    count, mean = rollouts.lengths.double(), d.entropies.sum() / mask.sum()
+    if per == "sequence":
+        count, mean = torch.ones_like(count), 0.0
+    excess = d.entropies - mean * mask
+    quantities = {"excess": excess}
+    if per == "token":
+        quantities["tokens"] = mask.double()
+    if order == 2:
+        quantities["slopes"] = d.entropies_1
+    remaining = Remaining(quantities, baseline, mask, d.entropies, _features(rollouts, d))
+    terms = _terms(remaining, "excess", d, d.entropies_1, d.entropies_2)
+    units = _terms(remaining, "tokens", d, zeros, zeros) if per == "token" else _Terms(zeros, zeros, zeros)
     direct = d.entropies_1 if order == 1 else d.entropies_2
 
     def derivative(means: Tensor) -> Tensor:
-        h, h_1, h_2 = _quotient(*means[:6])
-        return h_1 if order == 1 else h_2
+        return _quotient(*means[:6])[order]
 
-    sums = (d.entropies, entropy.first, entropy.second, units.first, units.second, direct)
-    samples = torch.stack([x.sum(1) for x in sums], 1)
-    samples = torch.cat([samples[:, :3], count[:, None], samples[:, 3:]], 1)
+    sums = [x.sum(1) for x in (excess, terms.first, terms.second, units.first, units.second, direct)]
+    samples = torch.stack([*sums[:3], count, *sums[3:]], 1)
     if not torch.isfinite(samples).all():
         raise ValueError("policy, direction: the derivative is NaN or infinite, first in rollout "
                          f"{int((~torch.isfinite(samples)).any(1).nonzero()[0])}")
@@ -110,12 +117,12 @@ def entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Ma
     whole = Estimate.smooth(derivative, samples, clusters)
     score_term = Estimate.smooth(lambda means: derivative(means) - means[6] / means[3], samples, clusters)
     h, h_1, _ = _quotient(*samples.mean(0)[:6])
-    tokens = entropy.first - h * units.first
+    tokens = terms.first - h * units.first
     if order == 2:
-        tokens = entropy.second - 2 * h_1 * units.first - h * units.second
+        tokens = terms.second - 2 * h_1 * units.first - h * units.second
     return EntropyChange(
         **{f.name: getattr(whole, f.name) for f in fields(Estimate)}, token_contributions=tokens / size,
-        score_term=score_term, score_weights=(entropy.rest - h * units.rest) / (size * len(rollouts)),
+        score_term=score_term, score_weights=(terms.rest - h * units.rest) / (size * len(rollouts)),
         entropy_weight=1 / (size * len(rollouts)), prompt_index=clusters, order=order)
 
 
@@ -134,38 +141,28 @@ class _Terms(NamedTuple):
     second: Tensor
 
 
-def _terms(x: Tensor, x_1: Tensor, x_2: Tensor | None, d: _Derivatives,
-           remaining: Callable[[Tensor, Tensor], Tensor]) -> _Terms:
-    rest = remaining(x, d.scores_1)
+def _terms(remaining: Remaining, name: str, d: _Derivatives, x_1: Tensor, x_2: Tensor | None) -> _Terms:
+    """Of the quantity `name` in `remaining`, with derivatives x_1 and x_2 at given prefixes."""
+    rest = remaining(name, d.scores_1)
     first = rest * d.scores_1 + x_1
     if d.scores_2 is None:
         return _Terms(rest, first, torch.zeros_like(first))
     before = d.scores_1.cumsum(1) - d.scores_1
     curvature = d.scores_2 + d.scores_1.square() + 2 * d.scores_1 * before
-    second = remaining(x, curvature) * curvature + 2 * remaining(x_1, d.scores_1) * d.scores_1 + x_2
+    second = remaining(name, curvature) * curvature + x_2
+    if x_1.any():
+        second = second + 2 * remaining("slopes", d.scores_1) * d.scores_1
     return _Terms(rest, first, second)
 
 
-def _remaining(rollouts: Rollouts, d: _Derivatives, baseline: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of x and what multiplies it, [N, T]: the sum of x over the tokens after k, less its baseline."""
-    mask, features = rollouts.response_mask, None
-    if baseline == "regression":
-        position = torch.arange(mask.shape[1], device=mask.device, dtype=torch.float64).expand(mask.shape)
-        prompt = (rollouts.attention_mask.sum(1) - rollouts.lengths).double()[:, None].expand(mask.shape)
-        known = torch.stack([d.entropies, d.entropies.square(), position, 1 / (1 + position), prompt], -1)
-        features = torch.cat([d.hidden.double(), known], -1)
-
-    def remaining(x: Tensor, factor: Tensor) -> Tensor:
-        target = to_go(x) if baseline == "none" else to_go(x) - x
-        if not target.any():
-            return target
-        if baseline == "running_mean":
-            target = target - running_mean(target, mask)
-        if baseline == "regression":
-            target = target - regression(features, target, factor.square(), mask)
-        return torch.where(mask, target, 0.0)
-
-    return remaining
+def _features(rollouts: Rollouts, d: _Derivatives) -> Tensor | None:
+    """What is known before each token is drawn, [N, T, F]: the hidden state, H_k, and lengths so far."""
+    if d.hidden is None:
+        return None
+    position = torch.arange(d.entropies.shape[1], device=d.entropies.device).expand(d.entropies.shape)
+    prompt = (rollouts.attention_mask.sum(1) - rollouts.lengths)[:, None].expand(d.entropies.shape)
+    known = torch.stack([d.entropies, d.entropies.square(), position, 1 / (1 + position), prompt], -1)
+    return torch.cat([d.hidden.double(), known], -1)
 
 
 class _Derivatives(NamedTuple):
