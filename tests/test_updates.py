@@ -128,8 +128,8 @@ class LowRank(torch.nn.Module):
         return self.layer(x) + self.up(self.down(x))
 
 
-def low_rank_policy(dtype=torch.float64):
-    model = build_model("llama", 11, dtype).requires_grad_(False)
+def low_rank_policy(vocabulary_size=11):
+    model = build_model("llama", vocabulary_size, torch.float64).requires_grad_(False)
     for block in model.model.layers:
         block.self_attn.q_proj, block.mlp.up_proj = LowRank(block.self_attn.q_proj), LowRank(block.mlp.up_proj)
     return dh.Policy(model)

@@ -1,0 +1,136 @@
+"""Measured entropy changes against exact ones."""
+
+import pytest
+import torch
+
+import deltah as dh
+from deltah import measurement
+from deltah.rollouts import resample
+
+PROMPTS = [[0], [1, 2, 0], [2, 2]]
+
+
+@pytest.fixture(scope="module")
+def enumerated():
+    policy = dh.exact.tiny_policy(4, eos_token_id=3, seed=1)
+    every = dh.exact.every_response(policy, PROMPTS, 4, temperature=0.7)
+    generator = torch.Generator().manual_seed(3)
+    v = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in policy.parameters.items()}
+    with torch.no_grad():
+        weights = dh.exact.probabilities(dh.score(policy, every)) / len(PROMPTS)
+    return policy, every, v, weights
+
+
+def exact_change(policy, every, v, rate, per):
+    def entropy(step):
+        log_probs, entropies = dh.score(policy, every, policy.shifted(v, step))
+        p = log_probs.sum(1).exp() / len(PROMPTS)
+        return float(p @ entropies.sum(1) / (p @ every.lengths.double() if per == "token" else 1.0))
+
+    with torch.no_grad():
+        return entropy(rate) - entropy(0.0)
+
+
+@pytest.mark.parametrize("per", ["sequence", "token"])
+@pytest.mark.parametrize("method, rates", [("importance", [1e-3, 1e-2, 3e-2]), ("coupled", [1e-2, 0.1])])
+def test_intervals_cover_the_exact_change(enumerated, per, method, rates):
+    policy, every, v, weights = enumerated
+    generator, tables = torch.Generator().manual_seed(0), []
+    for replicate in range(150):
+        rows = torch.multinomial(weights, 400, replacement=True, generator=generator)
+        rollouts = every.select(rows).replace(prompt_index=torch.arange(len(rows)))
+        tables.append(dh.measured_entropy_change(policy, rollouts, v, rates, per, method, seed=replicate))
+    for i, rate in enumerate(rates):
+        truth = exact_change(policy, every, v, rate, per)
+        rows = [table.iloc[i] for table in tables if not table.collapsed[i]]
+        assert len(rows) > 140
+        covered = sum(row.low <= truth <= row.high for row in rows) / len(rows)
+        # 150 replicates see a true 95% within 3.6 points, twice their standard error.
+        assert 0.91 <= covered <= 0.99
+        values = torch.tensor([row.change for row in rows])
+        assert abs(float(values.mean()) - truth) < 4 * float(values.std()) / len(rows) ** 0.5
+
+
+def test_far_away_weights_collapse_and_say_so(enumerated):
+    policy, every, v, weights = enumerated
+    rows = torch.multinomial(weights, 400, replacement=True, generator=torch.Generator().manual_seed(1))
+    rollouts = every.select(rows).replace(prompt_index=torch.arange(len(rows)))
+    table = dh.measured_entropy_change(policy, rollouts, v, [1e-3, 1.0])
+    assert table.collapsed.tolist() == [False, True]
+    assert table.change.isna().tolist() == [False, True] and table.standard_error.isna().tolist() == [False, True]
+    assert table.effective_sample_size[0] > 399 and table.effective_sample_size[1] < 200
+    # Coupled sampling goes all the way.
+    coupled = dh.measured_entropy_change(policy, rollouts, v, [1.0], method="coupled")
+    assert coupled.low[0] <= exact_change(policy, every, v, 1.0, "token") <= coupled.high[0]
+    assert not coupled.collapsed[0]
+
+
+def test_small_steps_follow_the_prediction(shipped, problems):
+    policy = dh.exact.exact_policy(dh.load_policy("data/policy", device="cpu").model)
+    update = dh.sample(shipped, problems.select(range(900, 904)), 8, seed=1)
+    evaluation = dh.sample(shipped, problems.select(range(24)), 1, seed=2)
+    direction = dh.update_direction(policy, update, optimizer=torch.optim.SGD(policy.parameters.values(), lr=0.1))
+    # The weights' linearisation has the sample's own mean at each position as baseline.
+    for per in ("sequence", "token"):
+        first = dh.entropy_change(policy, evaluation, direction, per=per, baseline="entropy")
+        table = dh.measured_entropy_change(policy, evaluation, direction, [1e-7, 1e-5], per=per)
+        slopes = table.change / table.learning_rate
+        assert slopes[0] == pytest.approx(slopes[1], rel=1e-2)
+        assert abs(slopes[0] - first.value) < 4 * first.standard_error
+
+
+def test_coupled_rollouts_are_those_of_the_shifted_policy(enumerated):
+    policy, every, v, weights = enumerated
+    rows = torch.multinomial(weights, 4000, replacement=True, generator=torch.Generator().manual_seed(2))
+    rollouts = every.select(rows)
+    with torch.no_grad():
+        parameters = policy.shifted(v, 0.1)
+        moved = measurement._coupled(policy, rollouts, dh.score(policy, rollouts), parameters, 4, 0, None)
+        expected = dh.exact.probabilities(dh.score(policy, every, parameters)) / len(PROMPTS)
+
+    def key(batch):
+        return [(int(p), *row[m].tolist()) for p, row, m in zip(batch.prompt_index, batch.response_ids,
+                                                               batch.response_mask, strict=True)]
+
+    counts = dict.fromkeys(key(every), 0)
+    for response in key(moved):
+        counts[response] += 1
+    shares = torch.tensor(list(counts.values())) / 4000
+    # The prompts' shares are the sample's own.
+    prompt_shares = torch.bincount(rollouts.prompt_index, minlength=3) / 4000
+    expected = expected * 3 * prompt_shares[every.prompt_index]
+    chi_squared = float(((shares - expected).square() / expected).sum()) * 4000
+    freedom = len(every) - 3
+    assert abs(chi_squared - freedom) < 5 * (2 * freedom) ** 0.5
+    same = sum(a == b for a, b in zip(key(moved), key(rollouts), strict=True)) / 4000
+    assert 0.3 < same < 0.99
+
+
+def test_resampling_keeps_what_it_is_told_to(shipped, problems):
+    rollouts = dh.sample(shipped, problems.select(range(6)), 2, max_new_tokens=32)
+    keep = (rollouts.lengths // 4).clamp(min=1)
+    uniforms = torch.rand(12, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moved = resample(shipped, rollouts, keep, uniforms)
+    for i in range(12):
+        n = int(keep[i])
+        assert torch.equal(moved.response_ids[i, :n], rollouts.response_ids[i, :n])
+    assert moved.response_mask.shape[1] <= 32 and not torch.equal(moved.response_ids, rollouts.response_ids)
+    one_by_one = resample(shipped, rollouts, keep, uniforms, batch_size=1)
+    assert torch.equal(one_by_one.input_ids, moved.input_ids)
+    whole = resample(shipped, rollouts, rollouts.lengths, uniforms)
+    ended = rollouts.lengths < 32
+    assert torch.equal(whole.lengths[ended], rollouts.lengths[ended])
+
+
+def test_bad_input_is_named(enumerated):
+    policy, every, v, _ = enumerated
+    for arguments, message in (
+            (dict(learning_rates=[]), "learning_rates: expected one or more finite numbers ≥ 0"),
+            (dict(learning_rates=[-1.0]), "learning_rates: expected one or more finite numbers ≥ 0"),
+            (dict(method="exact"), "method: expected one of importance, coupled, got 'exact'"),
+            (dict(per="word"), "per: expected one of sequence, token, got 'word'"),
+            (dict(max_new_tokens=2), "max_new_tokens: expected at least the rollouts' 4, got 2")):
+        with pytest.raises(ValueError, match=message):
+            dh.measured_entropy_change(policy, every, v, **{"learning_rates": [0.1], **arguments})
+    with pytest.raises(ValueError, match="expected the name of a trainable parameter"):
+        dh.measured_entropy_change(policy, every, {"no such": torch.ones(1)}, [0.1])
