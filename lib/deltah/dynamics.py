@@ -179,12 +179,11 @@ class _Derivatives(NamedTuple):
 def _derivatives(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping[str, Tensor], order: int,
                  baseline: str, batch_size: int | None) -> _Derivatives:
     v = direction.vector if isinstance(direction, Direction) else direction
-    parameters = policy.shifted(v, 0.0)
+    policy.check(v)
+    parameters = {name: p.detach() for name, p in policy.parameters.items()}
     # What does not move needs no tangent.
     v = {name: x.detach().to(parameters[name]) for name, x in v.items() if x.any()}
     moving = {name: parameters[name] for name in v}
-    if not all(torch.isfinite(x).all() for x in v.values()):
-        raise ValueError("direction: expected finite numbers, got NaN or infinity")
 
     def along(function):
         # The hidden states ride along, undifferentiated.
@@ -273,8 +272,8 @@ def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change
 
     toward = {name: scale * gradient[name] for name, scale in direction.preconditioner.items() if name in gradient}
     shares = _derivatives(policy, direction.rollouts, toward, 1, "none", batch_size).scores_1
-    return Attribution(direction.token_weights.double() * shares, along(direction.parts["momentum"]),
-                       along(direction.parts["weight_decay"]))
+    return Attribution(direction.token_weights.double() * shares, along(direction.momentum),
+                       along(direction.weight_decay))
 
 
 def _entropy_gradient(policy: Policy, rollouts: Rollouts, change: EntropyChange,

@@ -163,15 +163,21 @@ class Policy:
             step: the step size η.
 
         Raises:
-            ValueError: a name that is not a trainable parameter's, or a shape that differs.
+            ValueError: a name that is not a trainable parameter's, a shape that differs, or a part not finite.
         """
+        self.check(direction)
+        return {name: (p.detach() + step * direction[name]).to(p.dtype) if name in direction else p.detach()
+                for name, p in self.parameters.items()}
+
+    def check(self, direction: Mapping[str, Tensor]) -> None:
+        """Raise ValueError where a direction, by name, has a part that no trainable parameter can take."""
         own = self.parameters
         for name, v in direction.items():
             if name not in own or v.shape != own[name].shape:
                 expected = f"shape {list(own[name].shape)}" if name in own else "the name of a trainable parameter"
                 raise ValueError(f"direction[{name!r}]: expected {expected}, got {name!r} of shape {list(v.shape)}")
-        return {name: (p.detach() + step * direction[name]).to(p.dtype) if name in direction else p.detach()
-                for name, p in own.items()}
+            if not torch.isfinite(v).all():
+                raise ValueError(f"direction[{name!r}]: expected finite numbers, got NaN or infinity")
 
     def generation_arguments(self, attention_mask: Tensor, **arguments: Any) -> dict[str, Any]:
         """Keyword arguments for the model with a cache: positions count tokens, so that left padding shifts nothing."""

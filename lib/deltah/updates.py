@@ -33,8 +33,7 @@ class Direction:
 
     Attributes:
         vector: v, by parameter name; zero where the optimizer does not reach.
-        parts: v split in three, "rollouts", "momentum" (what is left of earlier batches) and "weight_decay", each
-            by parameter name; they sum to v.
+        momentum, weight_decay: the parts of v that come from earlier batches and from weight decay, by name.
         preconditioner: P, by parameter name: the part of the rollouts is P ∘ Σ token_weights ∇ log π.
         token_weights: [N, T], how much v follows the score ∇ log π of each token: −∂loss/∂log π, clipping of the
             gradient included.
@@ -44,13 +43,20 @@ class Direction:
     """
 
     vector: dict[str, Tensor]
-    parts: dict[str, dict[str, Tensor]]
+    momentum: dict[str, Tensor]
+    weight_decay: dict[str, Tensor]
     preconditioner: dict[str, Tensor]
     token_weights: Tensor
     learning_rate: float
     policy: Policy
     rollouts: Rollouts
     versions: dict[str, int]
+
+    @property
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """v split in three, "rollouts", "momentum" and "weight_decay", each by parameter name; they sum to v."""
+        rollouts = {name: v - self.momentum[name] - self.weight_decay[name] for name, v in self.vector.items()}
+        return {"rollouts": rollouts, "momentum": self.momentum, "weight_decay": self.weight_decay}
 
     def per_rollout(self, index: int) -> dict[str, Tensor]:
         """Rollout `index`'s part of v, by parameter name; over all rollouts they sum to parts["rollouts"].
@@ -116,68 +122,77 @@ def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Object
         weights, gradient = clip * weights, {n: g if g is None else clip * g for n, g in gradient.items()}
 
     parameters, base = policy.parameters, float(optimizer.param_groups[0]["lr"])
-    vector, parts, preconditioner = {}, {"rollouts": {}, "momentum": {}, "weight_decay": {}}, {}
+    vector, momentum, weight_decay, preconditioner = {}, {}, {}, {}
     with torch.no_grad():
         for name, p in parameters.items():
             kind = torch.promote_types(p.dtype, torch.float32)
             # A parameter that no loss reaches has no gradient, and torch.optim then leaves it alone.
             if name not in groups or gradient[name] is None:
-                moves = [torch.zeros((), dtype=kind, device=p.device).expand(p.shape)] * 3
-            else:
-                group, g = groups[name], gradient[name]
-                scale = _relative(float(group["lr"]), base)
-                state = {k: x.to(kind) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim else x
-                         for k, x in optimizer.state.get(p, {}).items()}
-                sign = -1.0 if group["maximize"] else 1.0
-                # The rules are written for the gradient that the optimizer descends; `g` ascends.
-                terms = rule(group, state, p.to(kind), -sign * g)
-                preconditioner[name] = sign * scale * terms.preconditioner
-                moves = [preconditioner[name] * g, -scale * terms.momentum, -scale * terms.weight_decay]
-            for part, move in zip(parts.values(), moves, strict=True):
-                part[name] = move
-            vector[name] = moves[0] + moves[1] + moves[2]
-    return Direction(vector, parts, preconditioner, weights, base, policy, rollouts, _versions(policy))
+                vector[name] = momentum[name] = weight_decay[name] = _filled(0.0, p)
+                continue
+            group, g = groups[name], gradient.pop(name)
+            scale, sign = _relative(float(group["lr"]), base), -1.0 if group["maximize"] else 1.0
+            state = {k: x.to(kind) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim else x
+                     for k, x in optimizer.state.get(p, {}).items()}
+            # The rules are written for the gradient that the optimizer descends; `g` ascends.
+            terms = rule(group, state, p.to(kind), -sign * g)
+            preconditioner[name] = _filled(sign * scale * terms.preconditioner, p)
+            momentum[name] = _filled(-scale * terms.momentum, p)
+            weight_decay[name] = _filled(-scale * terms.weight_decay, p)
+            vector[name] = preconditioner[name] * g + momentum[name] + weight_decay[name]
+    return Direction(vector, momentum, weight_decay, preconditioner, weights, base, policy, rollouts, _versions(policy))
 
 
 class _Terms(NamedTuple):
-    """Of v = −(preconditioner ∘ g + momentum + weight_decay) for one parameter."""
+    """Of v = −(preconditioner ∘ g + momentum + weight_decay) for one parameter; a number where all are equal."""
 
-    preconditioner: Tensor
-    momentum: Tensor
-    weight_decay: Tensor
+    preconditioner: Tensor | float
+    momentum: Tensor | float
+    weight_decay: Tensor | float
 
 
 def _sgd(group: dict[str, Any], state: dict[str, Any], p: Tensor, g: Tensor) -> _Terms:
     momentum, memory = group["momentum"], state.get("momentum_buffer")
     # The first gradient enters the buffer undampened.
-    fresh, kept = (1.0, torch.zeros_like(p)) if memory is None else (1 - group["dampening"], momentum * memory)
+    fresh, kept = (1.0, 0.0) if memory is None else (1 - group["dampening"], momentum * memory)
     if group["nesterov"]:
         fresh, kept = 1 + momentum * fresh, momentum * kept
-    return _Terms(torch.full_like(p, fresh), kept, fresh * group["weight_decay"] * p)
+    return _Terms(fresh, kept, fresh * _decay(group, p))
 
 
 def _rmsprop(group: dict[str, Any], state: dict[str, Any], p: Tensor, g: Tensor) -> _Terms:
-    alpha, decay = group["alpha"], group["weight_decay"] * p
+    alpha, decay = group["alpha"], _decay(group, p)
     squares = alpha * state.get("square_avg", 0.0) + (1 - alpha) * (g + decay).square()
     if group["centered"]:
         squares = squares - (alpha * state.get("grad_avg", 0.0) + (1 - alpha) * (g + decay)).square()
     scale = 1 / (squares.sqrt() + group["eps"])
-    kept = group["momentum"] * state["momentum_buffer"] if "momentum_buffer" in state else torch.zeros_like(p)
-    return _Terms(scale, kept, scale * decay)
+    kept = group["momentum"] * state["momentum_buffer"] if "momentum_buffer" in state else 0.0
+    return _Terms(scale, kept, scale * decay if group["weight_decay"] else 0.0)
 
 
 def _adam(group: dict[str, Any], state: dict[str, Any], p: Tensor, g: Tensor) -> _Terms:
     beta1, beta2 = (float(beta) for beta in group["betas"])
     step = float(state.get("step", 0)) + 1
-    decay = group["weight_decay"] * p
-    coupled = not group.get("decoupled_weight_decay", False)
-    squares = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * (g + decay * coupled).square()
+    decay = _decay(group, p)
+    coupled = group["weight_decay"] and not group.get("decoupled_weight_decay", False)
+    squares = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * (g + decay if coupled else g).square()
     if group["amsgrad"] and "max_exp_avg_sq" in state:
         squares = torch.maximum(squares, state["max_exp_avg_sq"])
     root = (squares / (1 - beta2**step)).sqrt() + group["eps"]
     scale = (1 - beta1) / (1 - beta1**step) / root
-    kept = beta1 / (1 - beta1**step) / root * state["exp_avg"] if "exp_avg" in state else torch.zeros_like(p)
+    kept = beta1 / (1 - beta1**step) / root * state["exp_avg"] if "exp_avg" in state else 0.0
     return _Terms(scale, kept, scale * decay if coupled else decay)
+
+
+def _filled(value: Tensor | float, p: Tensor) -> Tensor:
+    """A tensor of the shape of `p`; a number becomes one that takes no memory."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device).expand(p.shape)
+
+
+def _decay(group: dict[str, Any], p: Tensor) -> Tensor | float:
+    return group["weight_decay"] * p if group["weight_decay"] else 0.0
 
 
 def _rule(optimizer: Optimizer):
