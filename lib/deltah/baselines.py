@@ -106,32 +106,27 @@ class Remaining:
         moments = torch.stack([rows[fold == f].T @ rows[fold == f] for f in range(FOLDS)])
         pairs = [(f, g) for f in range(FOLDS) for g in range(f)]
         seen = moments.sum(0) - torch.stack([moments[f] + moments[g] for f, g in pairs])
-        losses = torch.zeros(FOLDS, len(PENALTIES), y.shape[1], dtype=x.dtype, device=x.device)
+        losses = torch.zeros(FOLDS, len(PENALTIES), len(self.names), dtype=x.dtype, device=x.device)
         for i, penalty in enumerate(PENALTIES):
-            fits = _ridge(seen, torch.full((y.shape[1],), penalty, dtype=x.dtype, device=x.device))
-            for (f, g), fit in zip(pairs, fits, strict=True):
+            for (f, g), fit in zip(pairs, _ridge(seen, penalty, len(self.names)), strict=True):
                 losses[f, i] += _losses(moments[g], fit)
                 losses[g, i] += _losses(moments[f], fit)
-        best = torch.tensor(PENALTIES, dtype=x.dtype, device=x.device)[losses.argmin(1)]
-        predictions = torch.zeros(FOLDS, *self.targets.shape, dtype=x.dtype, device=x.device)
-        for f in range(FOLDS):
-            predictions[f][self.mask] = x @ _ridge((moments.sum(0) - moments[f])[None], best[f])[0]
+        best, predictions = losses.argmin(1), x.new_zeros(FOLDS, *self.targets.shape)
+        for i in best.unique().tolist():
+            for f, fit in enumerate(_ridge(moments.sum(0) - moments, PENALTIES[i], len(self.names))):
+                predictions[f][self.mask] += x @ torch.where(best[f] == i, fit, 0.0)
         return predictions
 
 
-def _ridge(moments: Tensor, penalties: Tensor) -> Tensor:
-    """Coefficients [B, F, K] from moments [B, F + K, F + K] of features, the first constant, and targets."""
-    count = len(penalties)
+def _ridge(moments: Tensor, penalty: float, count: int) -> Tensor:
+    """Coefficients [B, F, K] from moments [B, F + K, F + K] of F features, the first constant, and K targets."""
     gram, cross = moments[:, :-count, :-count], moments[:, :-count, -count:]
     diagonal = gram.diagonal(dim1=1, dim2=2)
     variances = (diagonal - gram[:, 0].square() / diagonal[:, :1].clamp(min=1e-300)).clamp(min=0)
-    solutions = []
-    for penalty, target in zip(penalties, cross.unbind(-1), strict=True):
-        # A feature that does not vary is penalised a little still, so that there is one solution.
-        ridge = penalty * variances + 1e-9 * diagonal + 1e-300
-        ridge[:, 0] = 1e-12 * diagonal[:, 0] + 1e-300
-        solutions.append(torch.linalg.solve(gram + torch.diag_embed(ridge), target))
-    return torch.stack(solutions, -1)
+    # A feature that does not vary is penalised a little still, so that there is one solution.
+    ridge = penalty * variances + 1e-9 * diagonal + 1e-300
+    ridge[:, 0] = 1e-12 * diagonal[:, 0] + 1e-300
+    return torch.linalg.solve(gram + torch.diag_embed(ridge), cross)
 
 
 def _losses(moments: Tensor, coefficients: Tensor) -> Tensor:
