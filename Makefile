@@ -1,6 +1,6 @@
 # `make run` and `make test` are all that a newcomer needs; each sets up .venv when it is missing.
 .DEFAULT_GOAL := help
-.PHONY: help run test setup lab sync policy lint lock clean
+.PHONY: help run test setup lab sync bench policy lint lock clean
 
 PROFILE ?= quick
 SYSTEM_PYTHON ?= python3
@@ -19,6 +19,7 @@ help:
 	@echo "make setup    only set up .venv"
 	@echo "make lab      open the chapters in JupyterLab"
 	@echo "make sync     pair scripts and notebooks; store the outputs of those that changed, or of CHAPTER=01"
+	@echo "make bench    what predictions cost, side by side, into results/bench/; MODEL=... DEVICE=cuda"
 	@echo "make policy   generate the problems again and train the shipped policy again (20 minutes on two cores)"
 	@echo "make lint     ruff over everything"
 	@echo "make lock     refresh constraints.txt"
@@ -46,6 +47,9 @@ lab: $(READY)
 
 sync: $(READY)
 	@$(QUIET) $(PYTHON) notebooks/run.py sync $(if $(CHAPTER),--chapter $(CHAPTER))
+
+bench: $(READY)
+	@$(QUIET) $(PYTHON) benchmarks/entropy_change.py $(if $(MODEL),--model $(MODEL)) $(if $(DEVICE),--device $(DEVICE))
 
 policy: $(READY)
 	$(PYTHON) data/make_problems.py

@@ -99,3 +99,20 @@ def test_bad_ratios_are_named():
         Estimate.ratio(torch.ones(2), torch.tensor([1.0, -1.0]))
     with pytest.raises(ValueError, match=r"denominators: expected shape \[2\], got \[3\]"):
         Estimate.ratio(torch.ones(2), torch.ones(3))
+
+
+def test_a_smooth_function_of_means_has_the_error_of_its_linearisation():
+    generator = torch.Generator().manual_seed(0)
+    truth, covered, errors, values = math.log(2.0) * 3.0, 0, [], []
+    for _ in range(1000):
+        samples = torch.stack([2 + torch.randn(200, generator=generator), 3 + torch.randn(200, generator=generator)], 1)
+        estimate = Estimate.smooth(lambda means: means[0].log() * means[1], samples)
+        low, high = estimate.interval()
+        covered += low <= truth <= high
+        errors.append(estimate.standard_error)
+        values.append(estimate.value)
+    assert 0.93 <= covered / 1000 <= 0.97
+    assert sum(errors) / 1000 == pytest.approx(float(torch.tensor(values).std()), rel=0.07)
+    assert float(estimate.contributions.mean()) == pytest.approx(estimate.value)
+    with pytest.raises(ValueError, match=r"samples\[:, 1\]: expected finite numbers"):
+        Estimate.smooth(lambda means: means.sum(), torch.tensor([[0.0, math.nan]]))

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+import deltah as dh
 from deltah import objectives
 
 
@@ -93,3 +94,23 @@ def test_bad_arguments_are_named():
         objectives.aggregate(log_probs[1:], mask)
     with pytest.raises(ValueError, match="rewards: expected shape"):
         objectives.group_advantages(torch.ones(3), torch.zeros(2, dtype=torch.long))
+
+
+def test_dr_grpo_sums_over_tokens_and_leaves_the_advantages_unscaled():
+    log_probs = torch.tensor([[0.1, -0.2, 0.3], [0.2, 0.0, 0.0]], requires_grad=True)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    rollouts = dh.Rollouts(torch.zeros(2, 4).long(), torch.cat([torch.ones(2, 1).bool(), mask], 1), mask,
+                           torch.zeros(2).long(), rewards=torch.tensor([3.0, 0.0]))
+    loss = objectives.Objective(objectives.dr_grpo, "constant", scale=False, length=10)
+    (slope,) = torch.autograd.grad(loss.loss(log_probs, log_probs.detach(), rollouts), log_probs)
+    # −A / (N · length) for each token, A = ±1.5.
+    assert torch.allclose(slope, torch.tensor([[-0.075, -0.075, -0.075], [0.075, 0.0, 0.0]]))
+    named = objectives.find("dr_grpo")
+    assert (named.losses, named.aggregation, named.scale) == (objectives.dr_grpo, "constant", False)
+    given = rollouts.replace(advantages=torch.tensor([0.0, 0.0]))
+    assert loss.loss(log_probs, log_probs.detach(), given) == 0
+
+
+def test_unknown_objectives_are_named():
+    with pytest.raises(ValueError, match="objective: expected one of grpo, dr_grpo, gspo or an objectives.Objective"):
+        objectives.find("ppo")

@@ -133,3 +133,32 @@ def test_shifted_parameters_leave_the_model_alone(shipped):
         shipped.shifted({"x": torch.ones(1)}, 1.0)
     with pytest.raises(ValueError, match=r"expected shape \[128\]"):
         shipped.shifted({"model.norm.weight": torch.ones(3)}, 1.0)
+
+
+def test_forward_mode_is_arranged_and_undone(random_policy):
+    model = random_policy.model
+    ids = torch.tensor([[5, 6, 7, 8]])
+    parameters = {n: p.detach() for n, p in random_policy.parameters.items()}
+    v = {n: torch.randn_like(p) for n, p in parameters.items()}
+    before = model.config._attn_implementation, getattr(model.config, "_experts_implementation", None)
+    model.set_attn_implementation("sdpa")
+    with random_policy.forward_mode():
+        _, tangent = torch.func.jvp(lambda theta: random_policy.logits(ids, 1, theta), (parameters,), (v,))
+    assert torch.isfinite(tangent).all() and tangent.abs().max() > 0
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation(before[0])
+    assert (model.config._attn_implementation, getattr(model.config, "_experts_implementation", None)) == before
+
+
+def test_forward_mode_is_undone_after_an_error(shipped):
+    attention = shipped.model.config._attn_implementation
+    with pytest.raises(RuntimeError, match="stop"), shipped.forward_mode():
+        raise RuntimeError("stop")
+    assert shipped.model.config._attn_implementation == attention
+
+
+def test_hidden_states_are_what_the_output_layer_sees(random_policy):
+    ids = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
+    hidden, logits = random_policy.hidden_and_logits(ids, keep=2)
+    assert torch.allclose(random_policy.model.get_output_embeddings()(hidden), logits, atol=1e-5)
+    assert torch.equal(logits, random_policy.logits(ids, keep=2))
