@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import deltah as dh
 from conftest import CONFIGS, build_model
@@ -216,6 +216,13 @@ def test_bad_input_is_named(shipped, problems):
     direction = dh.update_direction(shipped, rollouts_for(shipped.vocabulary_size), optimizer=optimizer)
     with pytest.raises(ValueError, match="change: expected one of order 1 of these rollouts"):
         dh.attribution(shipped, rollouts, direction, dh.entropy_change(shipped, rollouts, direction, 2))
+
+
+def test_a_model_without_forward_mode_is_refused():
+    model = BloomForCausalLM(BloomConfig(vocab_size=5, hidden_size=16, n_layer=1, n_head=2))
+    policy = dh.Policy(model)
+    with pytest.raises(ValueError, match="policy: an operation of BloomForCausalLM has no forward-mode derivative"):
+        dh.entropy_change(policy, rollouts_for(5), random_direction(policy))
 
 
 def test_critical_learning_rate_is_where_both_orders_are_equal():

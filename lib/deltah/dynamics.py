@@ -216,8 +216,11 @@ def _derivatives(policy: Policy, rollouts: Rollouts, direction: Direction | Mapp
         # Without grad mode some backward formulas, of which tangents are made, cannot be differentiated once more.
         with torch.enable_grad(), policy.forward_mode():
             results = list(in_batches(rollouts, rows, one_batch))
-    except NotImplementedError as error:
-        raise ValueError(f"policy: {type(policy.model).__name__} has no forward mode: {error}") from error
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("forward AD", "functorch")):
+            raise
+        raise ValueError(f"policy: an operation of {type(policy.model).__name__} has no forward-mode derivative: "
+                         f"{str(error).splitlines()[0]}") from error
     hidden = results.pop() if baseline == "regression" else None
     results = [x.double() for x in results] + [None, None] * (2 - order)
     return _Derivatives(*results, hidden)
