@@ -10,6 +10,7 @@ def test_prints_the_error_with_one_digit_and_the_value_to_match():
     assert repr(Estimate(-0.01234, 0.00041, 9)) == "-0.0123 ± 0.0004"
     assert repr(Estimate(1234.5, 56.0, 9)) == "1230 ± 60"
     assert repr(Estimate(0.5, 0.0096, 9)) == "0.50 ± 0.01"
+    assert repr(Estimate(-0.4, 10.0, 9)) == "0 ± 10"
     assert repr(Estimate(2.0, 0.0, 9)) == "2 ± 0"
 
 

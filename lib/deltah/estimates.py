@@ -136,7 +136,8 @@ class Estimate:
         # An error of 0.0096 rounds up to 0.01: one decimal fewer then shows one digit.
         decimals = -math.floor(math.log10(round(self.standard_error, decimals)))
         shown = max(decimals, 0)
-        return f"{round(self.value, decimals):.{shown}f} ± {round(self.standard_error, decimals):.{shown}f}"
+        # Adding 0.0 turns −0 into 0.
+        return f"{round(self.value, decimals) + 0.0:.{shown}f} ± {round(self.standard_error, decimals):.{shown}f}"
 
 
 def _untransformed(z: float, lean: float) -> float:
