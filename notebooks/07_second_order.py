@@ -620,9 +620,9 @@ pd.DataFrame.from_dict(rows, "index", columns=["dH/dη", "d²H/dη²", "η*", "9
 
 # %% [markdown]
 # The second derivatives are known much less well than the first. Where their interval holds zero, Fieller's interval
-# rightly has no upper end: such a batch says that $\eta^*$ is *at least* something. More rollouts help less than one
-# hopes, as the last column shows: contributions hold squares of $\nabla_vS$, and a batch has a few of the largest or
-# none. Exercise 3 asks which tokens they are.
+# rightly has no upper end: such a batch says that $\eta^*$ is *at least* something. The last column tells how much of
+# the variance a single rollout brings: contributions hold squares of $\nabla_vS$, and a batch has a few of the largest
+# or none. Exercise 3 asks which tokens they are.
 #
 # ### Baselines
 #

@@ -66,7 +66,8 @@ def entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Ma
         per: "sequence": of E[Σ_k H_k]. "token": of E[Σ_k H_k] / E[L]; its bias is of order 1/N.
         baseline: of the score-function terms. "none"; "entropy": b_k = H_k; "running_mean": b_k = H_k + the mean of
             the rest at position k; "regression": b_k = H_k + a baseline learned from the hidden state, H_k and k
-            (`baselines`). The last two are fitted on other rollouts and add no bias.
+            (`baselines`). The last two are fitted on other rollouts and add no bias. For order 2, where few rollouts
+            decide, neither is reliably the better.
         batch_size: rollouts at a time; None: as many as suit the device.
 
     Returns:

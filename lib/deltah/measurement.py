@@ -26,7 +26,8 @@ from deltah.scoring import TokenScores, score
 from deltah.updates import Direction
 
 METHODS = ("importance", "coupled")
-# Below this share of effective samples, intervals of importance weights cover less than they say (chapter 06).
+# Below this share of effective samples, intervals of importance weights cover less than they say: 81% instead of 95%
+# of the exact changes of an enumerable policy at a share of 0.3, 93% to 96% above a share of 0.5.
 COLLAPSED = 0.5
 
 
