@@ -45,7 +45,8 @@ def forward_and_backward(policy: dh.Policy, rollouts: dh.Rollouts) -> None:
     """What a training step costs at the least: the model's own log-probs of the responses, and their gradient."""
     start = rollouts.prompt_length - 1
     logits = policy.model(input_ids=rollouts.input_ids).logits[:, start:-1]
-    logits.log_softmax(-1).gather(-1, rollouts.response_ids[..., None]).sum().backward()
+    total = logits.log_softmax(-1).gather(-1, rollouts.response_ids[..., None]).sum()
+    torch.autograd.grad(total, list(policy.parameters.values()))
 
 
 def times(policy: dh.Policy, rollouts: dh.Rollouts, rounds: int) -> dict[str, list[float]]:
