@@ -79,9 +79,9 @@ class Direction:
         return "Direction(" + ", ".join(f"|{name}| = {norm:.3g}" for name, norm in norms.items()) + ")"
 
 
-def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Objective = "grpo", *, optimizer: Optimizer,
-                     old_log_probs: Tensor | None = None, max_gradient_norm: float | None = None,
-                     batch_size: int | None = None) -> Direction:
+def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Objective = "grpo",
+                     optimizer: Optimizer | None = None, old_log_probs: Tensor | None = None,
+                     max_gradient_norm: float | None = None, batch_size: int | None = None) -> Direction:
     """v = δθ/η as `optimizer.step()` would move after this batch; changes neither the policy nor the optimizer.
 
     It starts from the optimizer's real state, takes in parameter groups, gradient clipping, frozen parameters and
