@@ -20,7 +20,7 @@ help:
 	@echo "make lab      open the chapters in JupyterLab"
 	@echo "make sync     pair scripts and notebooks; store the outputs of those that changed, or of CHAPTER=01"
 	@echo "make bench    what predictions cost, side by side, into results/bench/; MODEL=... DEVICE=cuda"
-	@echo "make policy   generate the problems again and train the shipped policy again (20 minutes on two cores)"
+	@echo "make policy   generate the problems again and train the shipped policy again"
 	@echo "make lint     ruff over everything"
 	@echo "make lock     refresh constraints.txt"
 	@echo "make clean    remove what was built: .venv, results, caches"
