@@ -27,7 +27,7 @@ from deltah.entropy import UNITS
 from deltah.estimates import Estimate
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
-from deltah.scoring import batches, in_batches, score, score_batch
+from deltah.scoring import batches, in_batches, score_batch, weighted_gradient
 from deltah.updates import Direction
 
 
@@ -269,7 +269,10 @@ def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change
         raise ValueError(f"change: expected one of order 1 of these rollouts, {list(rollouts.response_mask.shape)}, "
                          f"got order {change.order} of {list(change.score_weights.shape)}")
     rollouts = rollouts.to(policy.device)
-    gradient = _entropy_gradient(policy, rollouts, change, batch_size)
+    # Of the estimated entropy: `change` is its product with the direction.
+    gradient = weighted_gradient(policy, rollouts, batches(policy, rollouts, batch_size), list(policy.parameters),
+                                 change.score_weights, change.entropy_weight)
+    gradient = {name: g for name, g in gradient.items() if g is not None}
 
     def along(part: Mapping[str, Tensor]) -> float:
         return float(sum((gradient[name].double() * part[name]).sum() for name in gradient))
@@ -278,23 +281,6 @@ def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change
     shares = _derivatives(policy, direction.rollouts, toward, 1, "none", batch_size).scores_1
     return Attribution(direction.token_weights.double() * shares, along(direction.momentum),
                        along(direction.weight_decay))
-
-
-def _entropy_gradient(policy: Policy, rollouts: Rollouts, change: EntropyChange,
-                      batch_size: int | None) -> dict[str, Tensor]:
-    """The gradient of the estimated entropy, of which `change` is the product with its direction."""
-    parameters, total = policy.parameters, {}
-    for rows in batches(policy, rollouts, batch_size):
-        with torch.enable_grad():
-            log_probs, entropies = score(policy, rollouts.select(rows))
-            surrogate = (change.score_weights[rows].to(log_probs) * log_probs).sum()
-            surrogate = surrogate + change.entropy_weight * entropies.sum()
-            gradients = torch.autograd.grad(surrogate, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-                total[name] = total[name].add_(gradient) if name in total else gradient
-    return total
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)

@@ -66,7 +66,7 @@ def measured_entropy_change(policy: Policy, rollouts: Rollouts, direction: Direc
     rates = [float(rate) for rate in learning_rates]
     if not rates or not all(0 <= rate < float("inf") for rate in rates):
         raise ValueError(f"learning_rates: expected one or more finite numbers ≥ 0, got {learning_rates}")
-    steps = max_new_tokens or rollouts.response_mask.shape[1]
+    steps = rollouts.response_mask.shape[1] if max_new_tokens is None else max_new_tokens
     if steps < rollouts.response_mask.shape[1]:
         raise ValueError(f"max_new_tokens: expected at least the rollouts' {rollouts.response_mask.shape[1]}, "
                          f"got {max_new_tokens}")

@@ -81,6 +81,34 @@ def in_batches(rollouts: Rollouts, rows: Sequence[Tensor],
     return tuple(torch.cat(parts)[order] for parts in zip(*results, strict=True))
 
 
+def weighted_gradient(policy: Policy, rollouts: Rollouts, rows: Sequence[Tensor], names: Sequence[str],
+                      weights: Tensor, entropy_weight: float = 0.0) -> dict[str, Tensor | None]:
+    """The gradient of Σ (weights · log π + entropy_weight · H_k) over the rollouts at `rows`, by parameter name.
+
+    Args:
+        rows: row indices of each batch.
+        names: of the parameters.
+        weights: [N, T].
+
+    Returns:
+        Tensors in float32 at least; None where no token depends on the parameter.
+    """
+    parameters, total = policy.parameters, dict.fromkeys(names)
+    for index in rows:
+        index = index.to(weights.device)
+        with torch.enable_grad():
+            log_probs, entropies = score(policy, rollouts.select(index))
+            value = (weights[index].to(log_probs) * log_probs).sum()
+            if entropy_weight:
+                value = value + entropy_weight * entropies.sum()
+            gradients = torch.autograd.grad(value, [parameters[name] for name in names], allow_unused=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                total[name] = gradient if total[name] is None else total[name].add_(gradient)
+    return total
+
+
 def score_batch(policy: Policy, rollouts: Rollouts,
                 parameters: Mapping[str, Tensor] | None) -> tuple[TokenScores, Tensor]:
     """Scores [n, T], and the hidden states [n, T, d] that the output layer makes each token's logits of."""

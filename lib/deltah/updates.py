@@ -24,7 +24,7 @@ from torch.optim import SGD, Adam, Optimizer, RMSprop
 from deltah.objectives import Objective, find
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
-from deltah.scoring import batches, score
+from deltah.scoring import batches, score, weighted_gradient
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,7 +69,7 @@ class Direction:
         if self.versions != _versions(self.policy):
             raise ValueError("policy: its parameters have changed since this direction was made; make a new one")
         names, rows = list(self.preconditioner), torch.tensor([index])
-        gradient = _weighted_scores(self.policy, self.rollouts, self.token_weights, names, [rows])
+        gradient = weighted_gradient(self.policy, self.rollouts, [rows], names, self.token_weights)
         return {name: torch.zeros_like(self.vector[name]) if g is None else self.preconditioner[name] * g
                 for name, g in gradient.items()}
 
@@ -115,7 +115,7 @@ def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Object
     weights = _token_weights(policy, rollouts, find(objective), old_log_probs, batch_size)
     # The norm that clips is that of all trainable parameters, whether the optimizer holds them or not.
     names = list(groups if max_gradient_norm is None else policy.parameters)
-    gradient = _weighted_scores(policy, rollouts, weights, names, batches(policy, rollouts, batch_size))
+    gradient = weighted_gradient(policy, rollouts, batches(policy, rollouts, batch_size), names, weights)
     if max_gradient_norm is not None:
         norm = sum(g.double().square().sum() for g in gradient.values() if g is not None) ** 0.5
         clip = min(1.0, float(max_gradient_norm / (norm + 1e-6)))
@@ -231,23 +231,6 @@ def _token_weights(policy: Policy, rollouts: Rollouts, objective: Objective, old
         leaf = log_probs.clone().requires_grad_()
         (slope,) = torch.autograd.grad(objective.loss(leaf, old, rollouts), leaf)
     return torch.where(rollouts.response_mask, -slope, 0.0)
-
-
-def _weighted_scores(policy: Policy, rollouts: Rollouts, weights: Tensor, names: list[str],
-                     rows: list[Tensor]) -> dict[str, Tensor | None]:
-    """Σ weights ∇ log π over the rollouts at `rows`, by parameter name; None where no token depends on it."""
-    parameters, total = policy.parameters, dict.fromkeys(names)
-    for index in rows:
-        index = index.to(weights.device)
-        with torch.enable_grad():
-            log_probs = score(policy, rollouts.select(index)).log_probs
-            gradients = torch.autograd.grad((weights[index] * log_probs).sum(), [parameters[n] for n in names],
-                                            allow_unused=True)
-        for name, gradient in zip(names, gradients, strict=True):
-            if gradient is not None:
-                gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-                total[name] = gradient if total[name] is None else total[name].add_(gradient)
-    return total
 
 
 def _versions(policy: Policy) -> dict[str, int]:
