@@ -22,7 +22,7 @@ from deltah.entropy import UNITS
 from deltah.estimates import Estimate
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts, resample
-from deltah.scoring import TokenScores, score
+from deltah.scoring import TokenScores, left_aligned, score
 from deltah.updates import Direction
 
 METHODS = ("importance", "coupled")
@@ -158,13 +158,11 @@ def _next_token_probs(policy: Policy, rollouts: Rollouts, position: Tensor, para
     """The distribution that response token `position` [n] was drawn from, [n, V] in float64."""
     found = []
     for rows in torch.arange(len(rollouts), device=position.device).split(batch_size or policy.rows_at_once(1)):
-        batch, at = rollouts.select(rows), position[rows]
-        prompts = batch.attention_mask[:, :batch.prompt_length].sum(1)
-        width = int((prompts + at).max())
-        columns = torch.arange(width, device=at.device) + batch.prompt_length - prompts[:, None]
-        input_ids = batch.input_ids.gather(1, columns.clamp(max=batch.input_ids.shape[1] - 1))
-        keep = width - int((prompts + at).min()) + 1
-        logits = policy.logits(input_ids, keep, parameters)
-        place = (prompts + at - 1 - (width - keep))[:, None, None].expand(-1, 1, logits.shape[-1])
+        input_ids, prompt_lengths = left_aligned(rollouts.select(rows))
+        # The token's logits stand at the position before it.
+        before = prompt_lengths[:, 0] + position[rows] - 1
+        width, first = int(before.max()) + 1, int(before.min())
+        logits = policy.logits(input_ids[:, :width], width - first, parameters)
+        place = (before - first)[:, None, None].expand(-1, 1, logits.shape[-1])
         found.append((logits.gather(1, place)[:, 0].double() / rollouts.temperature).softmax(-1))
     return torch.cat(found)

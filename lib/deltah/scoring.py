@@ -109,22 +109,30 @@ def weighted_gradient(policy: Policy, rollouts: Rollouts, rows: Sequence[Tensor]
     return total
 
 
+def left_aligned(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """Token ids [n, P+T] with each prompt moved to the left edge, and the prompts' lengths [n, 1].
+
+    Causal attention alone then keeps the padding out, at every position, whatever the model's own treatment of masks.
+    """
+    prompt_lengths = rollouts.attention_mask[:, :rollouts.prompt_length].sum(1, keepdim=True)
+    columns = torch.arange(rollouts.input_ids.shape[1], device=prompt_lengths.device)
+    aligned = (columns + rollouts.prompt_length - prompt_lengths).clamp(max=len(columns) - 1)
+    return rollouts.input_ids.gather(1, aligned), prompt_lengths
+
+
 def score_batch(policy: Policy, rollouts: Rollouts,
                 parameters: Mapping[str, Tensor] | None) -> tuple[TokenScores, Tensor]:
     """Scores [n, T], and the hidden states [n, T, d] that the output layer makes each token's logits of."""
-    # Rows are aligned on the left: then causal attention alone keeps the padding out, at every position, whatever
-    # the model's own treatment of masks.
     steps = rollouts.response_mask.shape[1]
-    prompt_lengths = rollouts.attention_mask[:, :rollouts.prompt_length].sum(1, keepdim=True)
-    columns = torch.arange(rollouts.input_ids.shape[1], device=prompt_lengths.device)
-    aligned = columns + rollouts.prompt_length - prompt_lengths
+    input_ids, prompt_lengths = left_aligned(rollouts)
+    columns = torch.arange(steps, device=prompt_lengths.device)
     width = int((prompt_lengths[:, 0] + rollouts.lengths).max())
-    input_ids = rollouts.input_ids.gather(1, aligned.clamp(max=len(columns) - 1))[:, :width]
+    input_ids = input_ids[:, :width]
 
     # A token's logits stand at the position before it.
     first = int(prompt_lengths.min()) - 1
     hidden, logits = policy.hidden_and_logits(input_ids, width - first, parameters)
-    positions = (prompt_lengths - 1 - first + columns[:steps]).clamp(max=width - first - 1)
+    positions = (prompt_lengths - 1 - first + columns).clamp(max=width - first - 1)
     hidden, logits = (x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1])) for x in (hidden, logits))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / rollouts.temperature
     log_probs, entropies = log_probs_and_entropies(logits, rollouts.response_ids)
