@@ -157,8 +157,10 @@ def test_forward_mode_is_undone_after_an_error(shipped):
     assert shipped.model.config._attn_implementation == attention
 
 
-def test_hidden_states_are_what_the_output_layer_sees(random_policy):
+def test_output_layer_makes_the_models_logits_of_the_hidden_states(random_policy):
     ids = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
-    hidden, logits = random_policy.hidden_and_logits(ids, keep=2)
-    assert torch.allclose(random_policy.model.get_output_embeddings()(hidden), logits, atol=1e-5)
-    assert torch.equal(logits, random_policy.logits(ids, keep=2))
+    before = dict(random_policy.model.get_output_embeddings().__dict__)
+    hidden, layer, logits = random_policy.output(ids, keep=2)
+    assert logits is None and hidden.shape[:2] == (2, 2)
+    assert random_policy.model.get_output_embeddings().__dict__ == before
+    torch.testing.assert_close(layer.scaling(hidden @ layer.weight.T), random_policy.logits(ids, keep=2))

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PhiConfig
 
 import deltah as dh
-from conftest import CONFIGS, build_model
+from conftest import CONFIGS, SMALL, build_model
 from deltah.scoring import log_probs_and_entropies
 
 PROMPTS = ["Ava has 3 eggs.", "Ben has 12 coins. Ben sells 4. How many coins does Ben have?\n", "2"]
@@ -38,6 +39,69 @@ def test_equals_transformers_unpadded(shipped, architecture, dtype, tolerance, t
         assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert torch.all(got[~rollouts.response_mask] == 0)
         torch.testing.assert_close(got.double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+OUTPUT_LAYERS = {
+    "soft cap": (lambda v: Gemma2Config(vocab_size=v, head_dim=8, final_logit_softcapping=3.0, **SMALL), (1.0, 3.0)),
+    "factor": (lambda v: CohereConfig(vocab_size=v, logit_scale=0.0625, **SMALL), (0.0625, None)),
+    "divisor": (lambda v: GraniteConfig(vocab_size=v, logits_scaling=8.0, **SMALL), (0.125, None)),
+    "bias": (lambda v: PhiConfig(vocab_size=v, **SMALL), (1.0, None)),
+}
+
+
+class Sharpened(torch.nn.Module):
+    """An output layer that is more than a linear one."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) + 0.1 * self.layer(x).square()
+
+
+def made(config):
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
+        if getattr(model.get_output_embeddings(), "bias", None) is not None:
+            model.get_output_embeddings().bias.normal_()
+    return model
+
+
+def random_rollouts(vocabulary_size):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary_size, (5, 11), generator=generator)
+    prompts, responses = (torch.arange(n) for n in (5, 6))
+    prompts, responses = prompts >= torch.arange(5)[:, None], responses <= torch.arange(5)[:, None]
+    return dh.Rollouts(ids, torch.cat([prompts, responses], 1), responses, torch.arange(5), temperature=0.8)
+
+
+@pytest.mark.parametrize("kind", [*OUTPUT_LAYERS, "not linear"])
+def test_output_layers_that_do_more(kind, shipped):
+    config, scaling = OUTPUT_LAYERS.get(kind, (CONFIGS["llama"], None))
+    model = made(config(shipped.vocabulary_size))
+    if kind == "not linear":
+        model.lm_head = Sharpened(model.lm_head)
+    policy, rollouts = dh.Policy(model), random_rollouts(shipped.vocabulary_size)
+    with torch.no_grad():
+        scores, expected = dh.score(policy, rollouts), by_transformers(policy, rollouts)
+    # The logits never exist, but for an output layer that is not known.
+    layer, logits = policy.output(rollouts.input_ids, keep=3)[1:]
+    assert (layer is None) == (logits is not None) == (kind == "not linear")
+    assert layer is None or layer.scaling[:2] == scaling
+    for got, wanted in zip(scores, expected, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-6 if kind == "soft cap" else 1e-12, rtol=1e-6)
+
+
+def test_the_output_layer_is_found_in_every_dtype():
+    for dtype in (torch.float32, torch.bfloat16):
+        for config, scaling in OUTPUT_LAYERS.values():
+            layer = dh.Policy(made(config(300)).to(dtype)).output(torch.zeros(1, 2, dtype=torch.long), keep=1)[1]
+            assert layer.scaling[:2] == scaling
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])

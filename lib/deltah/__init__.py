@@ -19,10 +19,12 @@ from deltah.rollouts import Rollouts, sample
 from deltah.scoring import TokenScores, log_probs_and_entropies, score
 from deltah.statistics import TwoSampleProduct, UStatistic, two_sample_product, u_statistic
 from deltah.updates import Direction, update_direction
+from deltah.vocabulary import linear_log_probs_and_entropies
 
 __all__ = ["Attribution", "CriticalLearningRate", "Direction", "EntropyChange", "Estimate", "Ledger", "Policy",
            "Rollouts", "TokenScores", "TwoSampleProduct", "UStatistic", "attribution", "control_variate",
            "critical_learning_rate", "entropy", "entropy_change", "exact", "extract_answer", "figures",
-           "ledger", "load_policy", "load_problems", "log_probs_and_entropies", "measured_entropy_change",
-           "objectives", "sample", "score", "score_answers", "statistics", "training", "truncated_entropy",
-           "two_sample_product", "u_statistic", "update_direction", "variance_decomposition"]
+           "ledger", "linear_log_probs_and_entropies", "load_policy",
+           "load_problems", "log_probs_and_entropies", "measured_entropy_change", "objectives", "sample", "score",
+           "score_answers", "statistics", "training", "truncated_entropy", "two_sample_product", "u_statistic",
+           "update_direction", "variance_decomposition"]

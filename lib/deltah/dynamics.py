@@ -211,7 +211,7 @@ def _derivatives(policy: Policy, rollouts: Rollouts, direction: Direction | Mapp
 
     if batch_size is None:
         # Values and tangents take the room of two.
-        batch_size = max(1, policy.rows_at_once(rollouts.response_mask.shape[1]) // 2)
+        batch_size = max(1, policy.rows_at_once(rollouts.response_mask.shape[1], logits=False) // 2)
     rows = batches(policy, rollouts, batch_size)
     try:
         # Without grad mode some backward formulas, of which tangents are made, cannot be differentiated once more.

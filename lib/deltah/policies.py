@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-# Logits that one batch may hold: past 2^22 the CPU spends its time on fresh memory, below 2^28 a GPU idles.
-LOGITS_ON_CPU, LOGITS_ON_GPU = 2**22, 2**28
+from deltah.vocabulary import Scaling
+
+# Entries of its widest tensor that one batch may hold: past 2^22 the CPU spends its time on fresh memory, below 2^28 a
+# GPU idles.
+WIDEST_ON_CPU, WIDEST_ON_GPU = 2**22, 2**28
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -37,6 +41,14 @@ def _layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | Non
     normed = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
     normed = normed if weight is None else normed * weight
     return normed if bias is None else normed + bias
+
+
+class OutputLayer(NamedTuple):
+    """Turns hidden states h [..., d] into logits `scaling`(h weight^T + bias) [..., V]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scaling: Scaling
 
 
 class Policy:
@@ -93,10 +105,14 @@ class Policy:
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def rows_at_once(self, positions: int) -> int:
-        """How many sequences to run in one batch, with logits at `positions` positions each."""
-        budget = LOGITS_ON_CPU if self.device.type == "cpu" else LOGITS_ON_GPU
-        return max(1, budget // (self.vocabulary_size * positions))
+    def rows_at_once(self, positions: int, logits: bool = True) -> int:
+        """How many sequences to run in one batch, with logits or only hidden states at `positions` positions each."""
+        width = self.vocabulary_size
+        if not logits and self._scaling is not None:
+            width = max((max(p.shape[-2:]) for p in self.model.parameters()
+                         if p.ndim > 1 and self.vocabulary_size not in p.shape), default=width)
+        budget = WIDEST_ON_CPU if self.device.type == "cpu" else WIDEST_ON_GPU
+        return max(1, budget // (width * positions))
 
     def logits(self, input_ids: Tensor, keep: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Next-token logits at the last `keep` positions.
@@ -115,16 +131,67 @@ class Policy:
             arguments["logits_to_keep"] = keep
         return self.run(arguments, parameters).logits[:, -keep:]
 
-    def hidden_and_logits(self, input_ids: Tensor, keep: int,
-                          parameters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """As `logits`, with the hidden states [N, keep, d] that the output layer turns into them."""
-        seen = []
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    def output(self, input_ids: Tensor, keep: int,
+               parameters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, OutputLayer | None, Tensor | None]:
+        """As `logits`, but before the output layer where that is a linear one.
+
+        Returns:
+            (hidden states [N, keep, d] that the output layer is given, the output layer, None), and where it is not
+            linear, or the model does more to its logits than scale or soft-cap them, (hidden states, None, logits).
+        """
+        if self._scaling is None:
+            with self._output_embeddings() as seen:
+                logits = self.logits(input_ids, keep, parameters)
+            return seen[0][0][:, -keep:], None, logits
+        with self._output_embeddings(lambda x: x.new_zeros(*x.shape[:-1], 1)) as seen:
+            self.logits(input_ids, keep, parameters)
+        hidden, weight, bias = seen[0]
+        return hidden[:, -keep:], OutputLayer(weight, bias, self._scaling), None
+
+    @contextlib.contextmanager
+    def _output_embeddings(self, instead: Callable[[Tensor], Tensor] | None = None) -> Iterator[list]:
+        """Inside, the list gets (input, weight, bias) of every call of the output layer, which `instead` answers."""
+        layer, seen = self.model.get_output_embeddings(), []
+        forward = layer.forward
+
+        def watched(hidden):
+            # Read at the call: `run` may have put other parameters in.
+            seen.append((hidden, getattr(layer, "weight", None), getattr(layer, "bias", None)))
+            return (instead or forward)(hidden)
+
+        replaced = layer.__dict__.get("forward")
+        layer.forward = watched
         try:
-            logits = self.logits(input_ids, keep, parameters)
+            yield seen
         finally:
-            hook.remove()
-        return seen[0][:, -keep:], logits
+            del layer.forward
+            if replaced is not None:
+                layer.forward = replaced
+
+    @functools.cached_property
+    def _scaling(self) -> Scaling | None:
+        """What the model does to x = h W^T + b of its output layer; None where it is no linear layer, or more is done.
+
+        Found by handing the model numbers of our own in the output layer's place, whatever its config calls them.
+        """
+        layer, size = self.model.get_output_embeddings(), self.vocabulary_size
+        hooks = layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__
+        if type(layer) is not torch.nn.Linear or hooks or layer.weight.shape[0] != size:
+            return None
+        # Powers of two, which a factor turns into multiples of itself without rounding.
+        x = torch.pow(2.0, torch.arange(size, device=self.device) % 24 - 10.0).to(self.dtype)
+        x[1::2] *= -1
+        try:
+            with torch.no_grad(), self._output_embeddings(lambda h: x.expand(*h.shape[:-1], size)):
+                z = self.logits(torch.zeros(1, 1, dtype=torch.long, device=self.device), 1)[0, -1]
+        except RuntimeError:
+            return None
+        tolerance = 8 * torch.finfo(z.dtype).eps
+        for scaling in (Scaling(float(z[0] / x[0])), Scaling(1.0, float(z.abs().max()))):
+            wanted = scaling(x.to(torch.promote_types(x.dtype, torch.float32)))
+            if torch.allclose(wanted, z.to(wanted.dtype), rtol=tolerance, atol=0):
+                return scaling
+        return None
 
     def run(self, arguments: Mapping[str, Any], parameters: Mapping[str, Tensor] | None = None) -> Any:
         """The model's output for keyword `arguments`, with `parameters` in place of its own where given."""
@@ -139,19 +206,25 @@ class Policy:
         PyTorch's fused attention has no forward mode: its mathematical form is taken instead, or the model's
         eager attention where it uses another library's. Its fused layer norm is wrong to second order.
         """
-        model = self.model
-        attention, experts = (getattr(model.config, name, None)
-                              for name in ("_attn_implementation", "_experts_implementation"))
+        model, attention = self.model, getattr(self.model.config, "_attn_implementation", None)
         try:
             if attention not in ("eager", "sdpa", None):
                 model.set_attn_implementation("eager")
-            if experts not in ("eager", None):
-                model.set_experts_implementation("eager")
-            with sdpa_kernel(SDPBackend.MATH), LayerNormWrittenOut():
+            with self.eager_experts(), sdpa_kernel(SDPBackend.MATH), LayerNormWrittenOut():
                 yield
         finally:
             if attention not in ("eager", "sdpa", None):
                 model.set_attn_implementation(attention)
+
+    @contextlib.contextmanager
+    def eager_experts(self) -> Iterator[None]:
+        """Inside, a mixture of experts calls one expert after the other, each with the rows that it was sent."""
+        model, experts = self.model, getattr(self.model.config, "_experts_implementation", None)
+        try:
+            if experts not in ("eager", None):
+                model.set_experts_implementation("eager")
+            yield
+        finally:
             if experts not in ("eager", None):
                 model.set_experts_implementation(experts)
 
@@ -169,15 +242,15 @@ class Policy:
         return {name: (p.detach() + step * direction[name]).to(p.dtype) if name in direction else p.detach()
                 for name, p in self.parameters.items()}
 
-    def check(self, direction: Mapping[str, Tensor]) -> None:
-        """Raise ValueError where a direction, by name, has a part that no trainable parameter can take."""
+    def check(self, tensors: Mapping[str, Tensor], argument: str = "direction") -> None:
+        """Raise ValueError where tensors by name, such as a direction, have a part that no trainable parameter has."""
         own = self.parameters
-        for name, v in direction.items():
+        for name, v in tensors.items():
             if name not in own or v.shape != own[name].shape:
                 expected = f"shape {list(own[name].shape)}" if name in own else "the name of a trainable parameter"
-                raise ValueError(f"direction[{name!r}]: expected {expected}, got {name!r} of shape {list(v.shape)}")
+                raise ValueError(f"{argument}[{name!r}]: expected {expected}, got {name!r} of shape {list(v.shape)}")
             if not torch.isfinite(v).all():
-                raise ValueError(f"direction[{name!r}]: expected finite numbers, got NaN or infinity")
+                raise ValueError(f"{argument}[{name!r}]: expected finite numbers, got NaN or infinity")
 
     def generation_arguments(self, attention_mask: Tensor, **arguments: Any) -> dict[str, Any]:
         """Keyword arguments for the model with a cache: positions count tokens, so that left padding shifts nothing."""

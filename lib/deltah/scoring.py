@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltah.policies import Policy
+from deltah.policies import OutputLayer, Policy
 from deltah.rollouts import Rollouts
+from deltah.vocabulary import linear_log_probs_and_entropies
 
 
 class TokenScores(NamedTuple):
@@ -45,9 +46,7 @@ def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] |
     unknown = set(parameters) - set(policy.model.state_dict()) if parameters else None
     if unknown:
         raise ValueError(f"parameters: the model has none named {min(unknown)!r}")
-    if rollouts.input_ids.max() >= policy.vocabulary_size or rollouts.input_ids.min() < 0:
-        raise ValueError(f"rollouts: expected token ids below the policy's vocabulary size {policy.vocabulary_size}, "
-                         f"got {int(rollouts.input_ids.min())} to {int(rollouts.input_ids.max())}")
+    check_tokens(policy, rollouts)
     rollouts = rollouts.to(policy.device)
     scores = in_batches(rollouts, batches(policy, rollouts, batch_size),
                         lambda batch: score_batch(policy, batch, parameters)[0])
@@ -58,11 +57,18 @@ def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] |
     return scores
 
 
+def check_tokens(policy: Policy, rollouts: Rollouts) -> None:
+    """Raise ValueError where rollouts hold tokens that the policy does not have."""
+    if rollouts.input_ids.max() >= policy.vocabulary_size or rollouts.input_ids.min() < 0:
+        raise ValueError(f"rollouts: expected token ids below the policy's vocabulary size {policy.vocabulary_size}, "
+                         f"got {int(rollouts.input_ids.min())} to {int(rollouts.input_ids.max())}")
+
+
 def batches(policy: Policy, rollouts: Rollouts, batch_size: int | None = None) -> list[Tensor]:
     """Row indices of batches of rollouts of similar length, so that little is computed for padding."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: expected an integer ≥ 1, got {batch_size}")
-    rows = batch_size or policy.rows_at_once(rollouts.response_mask.shape[1])
+    rows = batch_size or policy.rows_at_once(rollouts.response_mask.shape[1], logits=False)
     return list(rollouts.attention_mask.sum(1).argsort(stable=True).split(rows))
 
 
@@ -120,24 +126,36 @@ def left_aligned(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     return rollouts.input_ids.gather(1, aligned), prompt_lengths
 
 
-def score_batch(policy: Policy, rollouts: Rollouts,
-                parameters: Mapping[str, Tensor] | None) -> tuple[TokenScores, Tensor]:
-    """Scores [n, T], and the hidden states [n, T, d] that the output layer makes each token's logits of."""
+def response_output(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] | None
+                    ) -> tuple[Tensor, OutputLayer | None, Tensor | None]:
+    """`policy.output` at the position before each response token: hidden states [n, T, d], and logits [n, T, V]."""
     steps = rollouts.response_mask.shape[1]
     input_ids, prompt_lengths = left_aligned(rollouts)
     columns = torch.arange(steps, device=prompt_lengths.device)
     width = int((prompt_lengths[:, 0] + rollouts.lengths).max())
-    input_ids = input_ids[:, :width]
 
-    # A token's logits stand at the position before it.
     first = int(prompt_lengths.min()) - 1
-    hidden, logits = policy.hidden_and_logits(input_ids, width - first, parameters)
-    positions = (prompt_lengths - 1 - first + columns).clamp(max=width - first - 1)
-    hidden, logits = (x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1])) for x in (hidden, logits))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / rollouts.temperature
-    log_probs, entropies = log_probs_and_entropies(logits, rollouts.response_ids)
+    hidden, layer, logits = policy.output(input_ids[:, :width], width - first, parameters)
+    positions = (prompt_lengths - 1 - first + columns).clamp(max=width - first - 1)[..., None]
+    hidden, logits = (None if x is None else x.gather(1, positions.expand(-1, -1, x.shape[-1]))
+                      for x in (hidden, logits))
+    if logits is not None:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / rollouts.temperature
+    return hidden, layer, logits
+
+
+def score_batch(policy: Policy, rollouts: Rollouts,
+                parameters: Mapping[str, Tensor] | None) -> tuple[TokenScores, Tensor]:
+    """Scores [n, T], and the hidden states [n, T, d] that the output layer makes each token's logits of."""
+    hidden, layer, logits = response_output(policy, rollouts, parameters)
+    if layer is None:
+        found = log_probs_and_entropies(logits, rollouts.response_ids)
+    else:
+        found = linear_log_probs_and_entropies(
+            hidden, layer.weight, rollouts.response_ids, rollouts.temperature, layer.bias, layer.scaling.scale,
+            layer.scaling.soft_cap)
     # torch.where, not a product: padding may hold NaN, and NaN · 0 is NaN.
-    scores = TokenScores(*(torch.where(rollouts.response_mask, x, 0.0) for x in (log_probs, entropies)))
+    scores = TokenScores(*(torch.where(rollouts.response_mask, x, 0.0) for x in found))
     return scores, hidden
 
 

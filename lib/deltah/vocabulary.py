@@ -1,0 +1,227 @@
+"""From hidden states and the output layer straight to log-probs and entropies; the logits [R, V] never exist.
+
+The vocabulary is gone through in tiles of rows and columns that stay in the processor's cache. Forward keeps a running
+maximum, normaliser and Σ e^z z of each row; backward and forward mode compute a tile's logits again. With logits z and
+p = softmax(z)
+
+    log p_t = z_t − log Σ e^z,    ∂ log p_t = ∂z_t − Σ p ∂z,    H = log Σ e^z − Σ p z,    ∂H = −Σ p (log p + H) ∂z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# Entries of a tile: a processor's cache, or enough to fill a GPU.
+TILE_ON_CPU, TILE_ON_GPU = 2**20, 2**26
+# Rows of a tile: past this, matrix products gain nothing.
+ROWS_ON_CPU, ROWS_ON_GPU = 512, 4096
+
+
+class Scaling(NamedTuple):
+    """What becomes of x = h W^T + b: z = c tanh(scale · x / c) / temperature; without a soft cap c, scale · x / …"""
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+    temperature: float = 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.soft_cap is not None:
+            return (x * (self.scale / self.soft_cap)).tanh() * (self.soft_cap / self.temperature)
+        factor = self.scale / self.temperature
+        return x if factor == 1 else x * factor
+
+    def slope(self, z: Tensor) -> Tensor | float:
+        """∂z/∂x, given z."""
+        factor = self.scale / self.temperature
+        return factor if self.soft_cap is None else factor * (1 - (z * (self.temperature / self.soft_cap)).square())
+
+
+def linear_log_probs_and_entropies(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
+                                   bias: Tensor | None = None, scale: float = 1.0,
+                                   soft_cap: float | None = None) -> tuple[Tensor, Tensor]:
+    """Log-prob of `targets` and entropy of the whole distribution with logits (h W^T + b) / temperature, in nats.
+
+    Differentiable in reverse and in forward mode, and nested. Besides the inputs, their gradients and the results it
+    takes the memory of two tiles of about a million logits, whatever the vocabulary.
+
+    Args:
+        hidden: [..., d] hidden states h.
+        weight: [V, d], W of the output layer.
+        targets: [...] integers in [0, V).
+        temperature: divides the logits.
+        bias: [V], b of the output layer, if it has one.
+        scale: multiplies h W^T + b, as some models do.
+        soft_cap: c; logits are then c tanh(scale · (h W^T + b) / c), as of Gemma 2.
+
+    Returns:
+        (log_probs, entropies), each [...], in float64 for float64 and float32 otherwise.
+
+    Raises:
+        ValueError: shapes that do not fit each other, targets out of range, or a temperature or cap that is not
+            positive.
+
+    >>> linear_log_probs_and_entropies(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([3]))
+    (tensor([-1.3863]), tensor([1.3863]))
+    """
+    if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight: expected shape [V, {hidden.shape[-1] if hidden.ndim else 'd'}], got "
+                         f"{list(weight.shape)}")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets: expected shape {list(hidden.shape[:-1])}, got {list(targets.shape)}")
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):
+        raise ValueError(f"targets: expected integers from 0 to {len(weight) - 1}, got {int(targets.min())} to "
+                         f"{int(targets.max())}")
+    for name, value in (("temperature", temperature), ("soft_cap", soft_cap)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+    # A custom function has no forward mode that can be nested.
+    function = _in_forward_mode if forward_ad._current_level >= 0 else _LogProbsAndEntropies.apply
+    log_probs, entropies, *_ = function(hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1),
+                                        Scaling(scale, soft_cap, temperature))
+    return log_probs.view(targets.shape), entropies.view(targets.shape)
+
+
+class _Tile(NamedTuple):
+    """Some rows of the hidden states and some columns of the vocabulary."""
+
+    rows: slice
+    columns: slice
+    inside: Tensor   # [rows, 1]: whether the target is among the columns
+    places: Tensor   # [rows, 1]: where it is, 0 if it is not
+
+    def at_target(self, x: Tensor, otherwise: Tensor) -> Tensor:
+        """x [rows, columns] at each row's target, [rows]; `otherwise` where the target is elsewhere."""
+        return torch.where(self.inside[:, 0], x.gather(1, self.places)[:, 0], otherwise)
+
+
+def _tiles(targets: Tensor, size: int) -> Iterator[_Tile]:
+    on_cpu = targets.device.type == "cpu"
+    budget, most = (TILE_ON_CPU, ROWS_ON_CPU) if on_cpu else (TILE_ON_GPU, ROWS_ON_GPU)
+    rows = max(1, min(len(targets), max(most, budget // size)))
+    columns = max(1, min(size, budget // rows))
+    # A block of columns stays in the cache while the rows pass.
+    for start in range(0, size, columns):
+        stop = min(start + columns, size)
+        for first in range(0, len(targets), rows):
+            here = targets[first:first + rows, None]
+            inside = (here >= start) & (here < stop)
+            yield _Tile(slice(first, first + len(here)), slice(start, stop), inside,
+                        torch.where(inside, here - start, 0))
+
+
+def tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling,
+                out: Tensor | None = None) -> Tensor:
+    """Logits of rows `hidden` [R, d] for the columns `weight` [C, d] of the vocabulary, in float32 at least."""
+    x = torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
+    return scaling(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
+class _LogProbsAndEntropies(torch.autograd.Function):
+    """(hidden [R, d], weight [V, d], bias [V] or None, targets [R], scaling) -> log-probs, entropies, log Σ e^z."""
+
+    @staticmethod
+    def forward(hidden, weight, bias, targets, scaling):
+        kind = torch.promote_types(hidden.dtype, torch.float32)
+        lowest = torch.finfo(kind).min
+        maximum = torch.full(targets.shape, lowest, dtype=torch.float64, device=hidden.device)
+        total, weighted, chosen = torch.zeros(3, *targets.shape, dtype=torch.float64, device=hidden.device)
+        buffers = None
+        for tile in _tiles(targets, len(weight)):
+            r, c = tile.rows, tile.columns
+            shape = (r.stop - r.start, c.stop - c.start)
+            if buffers is None:
+                buffers = hidden.new_empty(shape[0] * shape[1]), hidden.new_empty(shape[0] * shape[1], dtype=kind)
+            product, powers = (x[:shape[0] * shape[1]].view(shape) for x in buffers)
+            z = tile_logits(hidden[r], weight[c], None if bias is None else bias[c], scaling, out=product)
+            chosen[r] = tile.at_target(z, chosen[r].to(kind)).double()
+            if bias is not None:
+                # A bias of −inf is a probability of zero, and 0 · −inf is NaN.
+                z = z.clamp(min=lowest / 4)
+            highest = torch.maximum(maximum[r], z.amax(1).double())
+            shift = maximum[r] - highest
+            z -= highest[:, None].to(kind)
+            torch.exp(z, out=powers)
+            weighted[r] = shift.exp() * (weighted[r] + shift * total[r]) + torch.linalg.vecdot(powers, z)
+            total[r] = shift.exp() * total[r] + powers.sum(1)
+            maximum[r] = highest
+        normaliser = maximum + total.log()
+        return (chosen - normaliser).to(kind), (total.log() - weighted / total).to(kind), normaliser.to(kind)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        hidden, weight, bias, targets, scaling = inputs
+        _, entropies, normaliser = output
+        ctx.scaling = scaling
+        ctx.save_for_backward(hidden, weight, bias, targets, entropies, normaliser)
+
+    @staticmethod
+    def backward(ctx, of_log_probs, of_entropies, of_normaliser):
+        hidden, weight, bias, targets, entropies, normaliser = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        kind = normaliser.dtype
+        of_hidden = torch.zeros_like(hidden, dtype=kind) if need[0] else None
+        of_weight = torch.zeros_like(weight, dtype=kind) if need[1] else None
+        of_bias = torch.zeros_like(bias, dtype=kind) if need[2] else None
+        for tile in _tiles(targets, len(weight)):
+            r, c = tile.rows, tile.columns
+            z = tile_logits(hidden[r], weight[c], None if bias is None else bias[c], ctx.scaling)
+            log_p = z - normaliser[r, None]
+            p = log_p.exp()
+            if bias is not None:
+                log_p = log_p.masked_fill(p == 0, 0.0)
+            # ∂ log p_t = [i = t] − p_i, ∂H = −p_i (log p_i + H) and ∂ log Σ e^z = p_i, times what comes from above.
+            constant = of_normaliser[r] - of_log_probs[r] - of_entropies[r] * entropies[r]
+            slope = p * torch.addcmul(constant[:, None], log_p, of_entropies[r, None], value=-1)
+            slope = slope.scatter_add(1, tile.places, torch.where(tile.inside, of_log_probs[r, None], 0.0))
+            factor = ctx.scaling.slope(z)
+            if not isinstance(factor, float) or factor != 1:
+                slope = slope * factor
+            slope = slope.to(hidden.dtype)
+            if need[0]:
+                of_hidden[r] += slope @ weight[c]
+            if need[1]:
+                of_weight[c] += slope.T @ hidden[r]
+            if need[2]:
+                of_bias[c] += slope.sum(0)
+        grads = [None if g is None else g.to(hidden.dtype) for g in (of_hidden, of_weight, of_bias)]
+        return *grads, None, None
+
+
+def _in_forward_mode(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+                     scaling: Scaling) -> tuple[Tensor, Tensor]:
+    """The same in operations that have derivatives of every order; tangents are freed with their tile."""
+    kind = torch.promote_types(hidden.dtype, torch.float32)
+    maximum: dict[int, Tensor] = {}
+    sums: dict[int, tuple[Tensor, ...]] = {}
+    for tile in _tiles(targets, len(weight)):
+        r, c = tile.rows, tile.columns
+        z = tile_logits(hidden[r], weight[c], None if bias is None else bias[c], scaling)
+        nothing = torch.zeros(len(tile.places), dtype=kind, device=z.device)
+        chosen = tile.at_target(z, nothing)
+        if bias is not None:
+            z = z.clamp(min=torch.finfo(kind).min / 4)
+        # What is taken off cancels, so it needs no tangent.
+        highest = z.detach().amax(1)
+        z = z - highest[:, None]
+        powers = z.exp()
+        here = chosen, powers.sum(1), (powers * z).sum(1)
+        if r.start in sums:
+            before, most = sums[r.start], torch.maximum(maximum[r.start], highest)
+            here = _merged(before, maximum[r.start] - most, here, highest - most)
+            highest = most
+        sums[r.start], maximum[r.start] = here, highest
+    chosen, total, weighted = (torch.cat(parts) for parts in zip(*sums.values(), strict=True))
+    normaliser = torch.cat(list(maximum.values())) + total.log()
+    return chosen - normaliser, total.log() - weighted / total
+
+
+def _merged(a: tuple[Tensor, ...], shift_a: Tensor, b: tuple[Tensor, ...], shift_b: Tensor) -> tuple[Tensor, ...]:
+    """Σ of what two tiles of the same rows have summed, each taken to the common maximum."""
+    grow_a, grow_b = shift_a.exp(), shift_b.exp()
+    return (a[0] + b[0], grow_a * a[1] + grow_b * b[1],
+            grow_a * (a[2] + shift_a * a[1]) + grow_b * (b[2] + shift_b * b[1]))

@@ -1,0 +1,153 @@
+import math
+
+import pytest
+import torch
+
+import deltah as dh
+from deltah import vocabulary
+
+SCALINGS = [{}, {"temperature": 0.7}, {"scale": 0.3}, {"scale": 2.0, "soft_cap": 3.0, "temperature": 1.3}]
+
+
+def by_definition(hidden, weight, targets, temperature=1.0, bias=None, scale=1.0, soft_cap=None):
+    logits = scale * (hidden @ weight.T + (0 if bias is None else bias))
+    if soft_cap:
+        logits = soft_cap * (logits / soft_cap).tanh()
+    log_p = (logits / temperature).log_softmax(-1)
+    return log_p.gather(-1, targets[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.fixture(params=["one tile", "many tiles"])
+def tiles(request, monkeypatch):
+    if request.param == "many tiles":
+        monkeypatch.setattr(vocabulary, "TILE_ON_CPU", 40)
+        monkeypatch.setattr(vocabulary, "ROWS_ON_CPU", 4)
+
+
+def case(bias, size=23):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, 5, dtype=torch.float64, generator=generator) for shape in ((7,), (size,)))
+    targets = torch.randint(0, size, (7,), generator=generator)
+    inputs = [hidden, weight] + [torch.randn(size, dtype=torch.float64, generator=generator)] * bias
+    return [x.requires_grad_() for x in inputs], targets
+
+
+def called(function, inputs, targets, options):
+    hidden, weight, *bias = inputs
+    return function(hidden, weight, targets, bias=bias[0] if bias else None, **options)
+
+
+@pytest.mark.parametrize("options", SCALINGS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_value_gradient_and_second_gradient(tiles, bias, options):
+    inputs, targets = case(bias)
+    weights = torch.linspace(-1, 2, 14, dtype=torch.float64).view(2, 7)
+    found = []
+    for function in (dh.linear_log_probs_and_entropies, by_definition):
+        values = called(function, inputs, targets, options)
+        gradients = torch.autograd.grad((weights * torch.stack(values)).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)
+        found.append([*values, *gradients, *second])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-11)
+
+
+@pytest.mark.parametrize("options", SCALINGS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_forward_mode_nested(tiles, bias, options, order):
+    inputs, targets = case(bias)
+    inputs = tuple(x.detach() for x in inputs)
+    tangents = tuple(x.cos() for x in inputs)
+
+    def derivatives(function):
+        def along(f):
+            return lambda x: torch.func.jvp(f, (x,), (tangents,))
+        # Curved inputs, so that their own second derivatives count.
+        nested = along(lambda x: called(function, tuple(z.sin() for z in x), targets, options))
+        for _ in range(order - 1):
+            nested = along(nested)
+        return nested(inputs)
+
+    torch.testing.assert_close(derivatives(dh.linear_log_probs_and_entropies), derivatives(by_definition),
+                               atol=1e-11, rtol=1e-11)
+
+
+def test_forward_over_reverse(tiles):
+    inputs, targets = case(True)
+    inputs = tuple(x.detach() for x in inputs)
+
+    def products(function):
+        def gradient(x):
+            return torch.func.grad(lambda y: torch.stack(called(function, y, targets, {})).sum())(x)
+        return torch.func.jvp(gradient, (inputs,), (inputs,))
+
+    torch.testing.assert_close(products(dh.linear_log_probs_and_entropies), products(by_definition),
+                               atol=1e-11, rtol=1e-11)
+
+
+def test_a_large_vocabulary_in_float32_is_as_exact_as_float32_is():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(20, 64, generator=generator), torch.randn(50_000, 64, generator=generator)
+    targets = torch.randint(0, 50_000, (20,), generator=generator)
+    for sharpness in (0.01, 0.3, 3.0):
+        found = dh.linear_log_probs_and_entropies(sharpness * hidden, weight, targets)
+        wanted = by_definition(sharpness * hidden.double(), weight.double(), targets)
+        for a, b in zip(found, wanted, strict=True):
+            assert a.dtype == torch.float32
+            torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-6)
+
+
+def test_bfloat16_gives_float32_and_gradients_in_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16().requires_grad_() for n in (6, 300))
+    targets = torch.arange(6)
+    found = dh.linear_log_probs_and_entropies(hidden, weight, targets)
+    wanted = by_definition(hidden.float(), weight.float(), targets)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, atol=0.05, rtol=0.02)
+    gradients = torch.autograd.grad(found[0].sum(), [hidden, weight])
+    expected = torch.autograd.grad(wanted[0].sum(), [hidden, weight])
+    for a, b in zip(gradients, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+
+
+def test_a_bias_of_minus_infinity_is_a_token_of_probability_zero(tiles):
+    (hidden, weight, bias), targets = case(True)
+    with torch.no_grad():
+        bias[::3] = -math.inf
+    targets = torch.tensor([1, 2, 4, 5, 7, 8, 10])
+    kept = torch.arange(len(bias)) % 3 > 0
+    found = dh.linear_log_probs_and_entropies(hidden, weight, targets, bias=bias)
+    place = kept.cumsum(0)[targets] - 1
+    wanted = dh.linear_log_probs_and_entropies(hidden, weight[kept], place, bias=bias[kept])
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+    for a, b in zip(torch.autograd.grad(sum(x.sum() for x in found), [hidden, weight]),
+                    torch.autograd.grad(sum(x.sum() for x in wanted), [hidden, weight]), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_memory_stays_far_below_the_logits():
+    """No allocation of the forward pass comes to a tenth of the logits."""
+    hidden, weight, targets = torch.randn(2000, 8), torch.randn(20_000, 8), torch.zeros(2000, dtype=torch.long)
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+        dh.linear_log_probs_and_entropies(hidden, weight, targets)
+    largest = max(event.cpu_memory_usage if hasattr(event, "cpu_memory_usage") else 0 for event in profile.events())
+    assert 0 < largest < 2000 * 20_000 * 4 / 10
+
+
+def test_bad_arguments_are_named():
+    hidden, weight, targets = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.long)
+    function = dh.linear_log_probs_and_entropies
+    with pytest.raises(ValueError, match=r"weight: expected shape \[V, 4\], got \[5, 3\]"):
+        function(hidden, torch.zeros(5, 3), targets)
+    with pytest.raises(ValueError, match=r"targets: expected shape \[3\], got \[2\]"):
+        function(hidden, weight, targets[:2])
+    with pytest.raises(ValueError, match="targets: expected integers from 0 to 4, got 5 to 5"):
+        function(hidden, weight, targets + 5)
+    with pytest.raises(ValueError, match="temperature: expected a positive number, got 0"):
+        function(hidden, weight, targets, temperature=0)
+    with pytest.raises(ValueError, match="soft_cap: expected a positive number, got -1"):
+        function(hidden, weight, targets, soft_cap=-1)
