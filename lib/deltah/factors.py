@@ -1,0 +1,125 @@
+"""The gradients of n rollouts with respect to one parameter, as sums of outer products that need not be formed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deltah.policies import OutputLayer
+from deltah.rollouts import Rollouts
+from deltah.vocabulary import tile_logits
+
+
+class SampleGradient:
+    """The gradients of n rollouts' log-probs with respect to a parameter, as a matrix [o, i] each.
+
+    Attributes:
+        name: of the parameter.
+        index: which slice of it this is, as of one expert; None: all of it.
+        shape: (o, i); a vector has i = 1.
+        factors: what they are the sum of.
+    """
+
+    def __init__(self, name: str, index: int | None, shape: tuple[int, int], factors: Sequence[Factors]):
+        self.name, self.index, self.shape, self.factors = name, index, shape, factors
+
+    def formed(self, rows: slice) -> Tensor:
+        """[n, rows, i]."""
+        total = self.factors[0].formed(rows)
+        for factors in self.factors[1:]:
+            total = total + factors.formed(rows)
+        return total
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """Of a tensor of the parameter's shape, what belongs to this matrix: [o, i]."""
+        return (whole if self.index is None else whole[self.index]).reshape(-1, self.shape[1])
+
+    def compressed(self) -> tuple[SampleGradient, Tensor | None]:
+        """Without the rows of an embedding that no rollout looks up; and which rows are left, None for all."""
+        if not all(isinstance(factors, Lookup) for factors in self.factors):
+            return self, None
+        rows = torch.cat([factors.ids.flatten() for factors in self.factors]).unique()
+        left = [Lookup(torch.searchsorted(rows, factors.ids.contiguous()), factors.right) for factors in self.factors]
+        return SampleGradient(self.name, self.index, (len(rows), self.shape[1]), left), rows
+
+    @property
+    def positions(self) -> int | None:
+        """Over how many positions k the outer products g_k ⊗ x_k run; None where they are formed already."""
+        counts = [factors.positions for factors in self.factors]
+        return None if None in counts else sum(counts)
+
+    def lefts(self, rows: slice) -> Tensor:
+        """The first factors [n, positions, rows] of the outer products."""
+        return torch.cat([factors.left(rows) for factors in self.factors], 1)
+
+    def rights(self) -> Tensor:
+        """The second factors [n, positions, i]."""
+        return torch.cat([factors.right for factors in self.factors], 1)
+
+
+class Factors:
+    """Σ_k left_k ⊗ right_k for each rollout, with left [n, K, o] and right [n, K, i]."""
+
+    def __init__(self, left: Tensor, right: Tensor):
+        self._left, self.right, self.positions = left, right, right.shape[1]
+
+    def left(self, rows: slice) -> Tensor:
+        return self._left[..., rows]
+
+    def formed(self, rows: slice) -> Tensor:
+        return self.left(rows).transpose(1, 2) @ self.right
+
+
+class Formed(Factors):
+    """Gradients that are there already, [n, o, i]."""
+
+    def __init__(self, gradient: Tensor):
+        self._gradient, self.positions = gradient, None
+
+    def formed(self, rows: slice) -> Tensor:
+        return self._gradient[:, rows]
+
+
+class Lookup(Factors):
+    """Of an embedding: left_k is 1 at the token's id, and 0 elsewhere."""
+
+    def __init__(self, ids: Tensor, right: Tensor):
+        self.ids, self.right, self.positions = ids, right, right.shape[1]
+
+    def left(self, rows: slice) -> Tensor:
+        return (self.ids[..., None] == torch.arange(rows.start, rows.stop, device=self.ids.device)).to(self.right)
+
+    def formed(self, rows: slice) -> Tensor:
+        n, size = len(self.ids), rows.stop - rows.start
+        inside = (self.ids >= rows.start) & (self.ids < rows.stop)
+        places = (torch.arange(n, device=inside.device)[:, None] * size + self.ids - rows.start)[inside]
+        total = self.right.new_zeros(n * size, self.right.shape[-1])
+        return total.index_add_(0, places, self.right[inside]).view(n, size, -1)
+
+
+class Output(Factors):
+    """Of the output layer: left_k is ∂ log π(t_k) / ∂(h_k W^T + b), computed again for the rows asked for."""
+
+    def __init__(self, right: Tensor, hidden: Tensor, layer: OutputLayer, rollouts: Rollouts, normaliser: Tensor):
+        self.right, self.positions = right, right.shape[1]
+        self.hidden, self.layer, self.rollouts, self.normaliser = hidden, layer, rollouts, normaliser
+
+    @staticmethod
+    def common(hidden: Tensor, layer: OutputLayer, rollouts: Rollouts, log_probs: Tensor) -> tuple:
+        """What weight and bias share, log Σ e^z [n T] among it."""
+        flat, targets = hidden.flatten(0, 1), rollouts.response_ids.flatten()
+        bias = 0.0 if layer.bias is None else layer.bias.detach()[targets]
+        chosen = (flat * layer.weight.detach()[targets]).sum(-1) + bias
+        return hidden, layer, rollouts, layer.scaling(chosen.to(log_probs.dtype)) - log_probs.flatten()
+
+    def left(self, rows: slice) -> Tensor:
+        mask, targets = self.rollouts.response_mask, self.rollouts.response_ids.flatten() - rows.start
+        bias = None if self.layer.bias is None else self.layer.bias.detach()[rows]
+        z = tile_logits(self.hidden.flatten(0, 1), self.layer.weight.detach()[rows], bias, self.layer.scaling)
+        slope = -(z - self.normaliser[:, None]).exp()
+        inside = ((targets >= 0) & (targets < z.shape[1])).nonzero()[:, 0]
+        slope[inside, targets[inside]] += 1
+        slope = torch.where(mask.flatten()[:, None], slope * self.layer.scaling.slope(z), 0.0)
+        return slope.view(*mask.shape, -1)

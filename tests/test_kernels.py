@@ -1,0 +1,325 @@
+import math
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    GptOssConfig,
+    Lfm2Config,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+)
+
+import deltah as dh
+from conftest import CONFIGS, SMALL, build_model
+from deltah import kernels, sample_gradients
+from deltah.scoring import score
+from test_updates import low_rank_policy
+
+V = 37
+MORE = {
+    # A bias of the output layer, a soft cap, x W^T written out, convolutions, positions offset, ALiBi, attention sinks.
+    "phi": lambda: PhiConfig(vocab_size=V, **SMALL),
+    "gemma2": lambda: Gemma2Config(vocab_size=V, head_dim=8, sliding_window=4, **SMALL),
+    "falcon": lambda: FalconConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "lfm2": lambda: Lfm2Config(vocab_size=V, layer_types=["conv", "full_attention"], **SMALL),
+    "opt": lambda: OPTConfig(vocab_size=V, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                             max_position_embeddings=128, word_embed_proj_dim=32),
+    "bloom": lambda: BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4),
+    "mixtral": lambda: MixtralConfig(vocab_size=V, num_local_experts=4, **SMALL),
+    "gpt_oss": lambda: GptOssConfig(vocab_size=V, head_dim=8, num_local_experts=4, num_experts_per_tok=2, **SMALL),
+}
+
+
+def build(name, dtype=torch.float64):
+    if name in CONFIGS:
+        return dh.Policy(build_model(name, V, dtype))
+    torch.manual_seed(0)
+    config = MORE[name]()
+    config.pad_token_id = None
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
+    return dh.Policy(model.to(dtype))
+
+
+def rollouts_for(size=V, count=5, prompt=5, response=6, seed=0, temperature=1.3):
+    """Of random tokens and all lengths, padded on both sides."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, size, (count, prompt + response), generator=generator)
+    prompts = torch.arange(prompt) >= torch.arange(count)[:, None] % prompt
+    lengths = torch.randint(1, response + 1, (count, 1), generator=generator)
+    lengths[0] = response
+    responses = torch.arange(response) < lengths
+    return dh.Rollouts(ids, torch.cat([prompts, responses], 1), responses, torch.arange(count) // 2,
+                       temperature=temperature)
+
+
+def gradients(policy, rollouts):
+    """One backward pass for each rollout."""
+    rows = []
+    for i in range(len(rollouts)):
+        total = score(policy, rollouts.select(slice(i, i + 1))).log_probs.sum()
+        found = torch.autograd.grad(total, list(policy.parameters.values()), materialize_grads=True)
+        rows.append(torch.cat([g.flatten() for g in found]))
+    return torch.stack(rows)
+
+
+def random_preconditioner(policy):
+    generator = torch.Generator().manual_seed(3)
+    return {name: torch.rand(p.shape, dtype=p.dtype, generator=generator) for name, p in policy.parameters.items()}
+
+
+def flat(policy, tensors):
+    return torch.cat([tensors.get(name, torch.zeros_like(p)).flatten() for name, p in policy.parameters.items()])
+
+
+def assert_close(kernel, expected, tolerance=1e-10):
+    scale = expected.diag().sqrt() if len(expected) == expected.shape[1] else expected.abs().max().sqrt().expand(1)
+    error = (kernel - expected).abs() / (scale[:, None] * scale)
+    assert error.max() < tolerance, f"relative error {float(error.max()):.1e}"
+
+
+@pytest.mark.parametrize("name", [*sorted(CONFIGS), *sorted(MORE)])
+def test_equals_one_backward_pass_for_each_rollout(name):
+    policy, rollouts = build(name), rollouts_for()
+    matrix, p = gradients(policy, rollouts), random_preconditioner(policy)
+    assert_close(dh.fisher_kernel(policy, rollouts), matrix @ matrix.T)
+    assert_close(dh.fisher_kernel(policy, rollouts, preconditioner=p), matrix * flat(policy, p) @ matrix.T)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "qwen3_moe", "phi"])
+@pytest.mark.parametrize("limit", ["FORMED", "CONTRACTED"])
+def test_formed_and_contracted_agree(name, limit, monkeypatch):
+    """Small blocks of what is formed, and nothing contracted."""
+    policy, rollouts = build(name), rollouts_for()
+    expected = dh.fisher_kernel(policy, rollouts)
+    monkeypatch.setattr(kernels, limit, 500 if limit == "FORMED" else 0)
+    assert_close(dh.fisher_kernel(policy, rollouts), expected)
+
+
+def test_both_routes_are_taken(monkeypatch):
+    """Wide layers and few positions are contracted, narrow ones and many formed."""
+    taken = set()
+    for route in ("_contracted", "_inner"):
+        original = getattr(kernels, route)
+        monkeypatch.setattr(kernels, route, lambda *a, f=original, r=route: (taken.add(r), f(*a))[1])
+    dh.fisher_kernel(build("llama"), rollouts_for(count=2, prompt=1, response=1))
+    assert "_contracted" in taken
+    taken.clear()
+    dh.fisher_kernel(build("llama"), rollouts_for(count=5, response=60))
+    assert "_inner" in taken
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("batch_size", [None, 1, 3, 6])
+def test_two_sets_and_batches(name, batch_size):
+    policy, one, two = build(name), rollouts_for(), rollouts_for(count=7, prompt=3, response=9, seed=1)
+    a, b = gradients(policy, one), gradients(policy, two)
+    p = random_preconditioner(policy)
+    assert_close(dh.fisher_kernel(policy, one, batch_size=batch_size), a @ a.T)
+    for left, right, expected in ((one, two, a @ b.T), (two, one, b @ a.T)):
+        assert_close(dh.fisher_kernel(policy, left, right, batch_size=batch_size), expected)
+    expected = a * flat(policy, p) @ b.T
+    assert_close(dh.fisher_kernel(policy, one, two, preconditioner=p, batch_size=batch_size), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "qwen3_moe"])
+def test_token_kernel_sums_to_the_sequences(name):
+    policy = dh.exact.exact_policy(build(name).model)
+    rollouts, others = rollouts_for(), rollouts_for(count=3, response=4, seed=2)
+    rows, columns = (torch.nn.functional.one_hot(r.response_mask.nonzero()[:, 0]).double() for r in (rollouts, others))
+    tokens = dh.fisher_kernel(policy, rollouts, others, level="token")
+    assert tokens.shape == (int(rollouts.response_mask.sum()), int(others.response_mask.sum()))
+    assert_close(rows.T @ tokens @ columns, dh.fisher_kernel(policy, rollouts, others))
+    # One entry by hand: the last token of the first response with itself.
+    last = int(rollouts.lengths[0]) - 1
+    log_prob = score(policy, rollouts.select(slice(0, 1))).log_probs[0, last]
+    found = torch.autograd.grad(log_prob, list(policy.parameters.values()), materialize_grads=True)
+    own = dh.fisher_kernel(policy, rollouts, level="token")[last, last]
+    assert float(own) == pytest.approx(float(sum(g.square().sum() for g in found)), rel=1e-10)
+
+
+def test_float32_to_1e_5(shipped, problems):
+    rollouts = dh.sample(shipped, problems.select(range(4)), 4, seed=1)
+    exact = dh.load_policy(shipped.model.config._name_or_path, device="cpu", dtype="float64")
+    matrix = gradients(exact, rollouts)
+    kernel = dh.fisher_kernel(shipped, rollouts)
+    assert kernel.dtype == torch.float32
+    assert_close(kernel.double(), matrix @ matrix.T, 1e-5)
+
+
+def test_float32_sums_of_millions_of_products():
+    """A matrix product of such depth in float32 would lose three digits."""
+    config = CONFIGS["qwen2"](60_000)
+    config.hidden_size, config.head_dim = 64, 16
+    torch.manual_seed(0)
+    policy = dh.Policy(AutoModelForCausalLM.from_config(config))
+    rollouts = rollouts_for(size=60_000, count=3, response=40)
+    kernel = dh.fisher_kernel(policy, rollouts)
+    policy.model.double()
+    assert_close(kernel.double(), dh.fisher_kernel(policy, rollouts), 3e-6)
+
+
+def test_bfloat16():
+    policy, rollouts = build("qwen2", torch.bfloat16), rollouts_for()
+    matrix = gradients(policy, rollouts).double()
+    kernel = dh.fisher_kernel(policy, rollouts)
+    assert kernel.dtype == torch.float32
+    assert_close(kernel.double(), matrix @ matrix.T, 0.05)
+
+
+def test_frozen_parameters_and_adapters():
+    rollouts = rollouts_for(size=11)
+    adapted = low_rank_policy()
+    matrix = gradients(adapted, rollouts)
+    assert_close(dh.fisher_kernel(adapted, rollouts), matrix @ matrix.T)
+    for kept in ("bias", "norm", "embed", "layers.1", "lm_head", "experts"):
+        policy = build("qwen3_moe" if kept == "experts" else "phi" if kept == "bias" else "llama")
+        for name, p in policy.model.named_parameters():
+            p.requires_grad_(kept in name)
+        matrix = gradients(policy, rollouts)
+        assert len(policy.parameters) and matrix.any()
+        assert_close(dh.fisher_kernel(policy, rollouts), matrix @ matrix.T)
+
+
+class Hidden(torch.autograd.Function):
+    """A product that no function of torch shows."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight.mean()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient * weight.mean(), (gradient * x).sum().expand(weight.shape) / weight.numel()
+
+
+def unusual(kind):
+    """What a model may do with its parameters that none of the tested ones does."""
+    policy = build("llama")
+    layer = policy.model.model.layers[0].mlp.down_proj
+    forward, weight = layer.forward, layer.weight
+    layer.forward = {
+        "hidden": lambda x: Hidden.apply(forward(x), weight),
+        "hidden cast": lambda x: Hidden.apply(forward(x), weight.float()),
+        "elementwise": lambda x: forward(x) + weight.sum(),
+        "twice": lambda x: forward(x) + 0.5 * forward(x.flip(-1)),
+        "transposed": lambda x: x @ weight.T + torch.matmul(x, weight.t()),
+        "rows": lambda x: torch.nn.functional.linear(x, weight[:16]).repeat(1, 1, 2),
+        "in place": lambda x: forward(x).mul_(2).add_(1),
+        "without a gradient": lambda x: torch.nn.functional.linear(x, weight.detach()),
+        "no grad": lambda x: forward(x) + torch.no_grad()(forward)(x),
+        "stacked": lambda x: torch.einsum("nli,soi->nlo", x, torch.stack([weight, weight * 2])),
+    }[kind]
+    return policy
+
+
+@pytest.mark.parametrize("kind", ["hidden", "hidden cast", "elementwise", "twice", "transposed", "rows", "in place",
+                                  "without a gradient", "no grad", "stacked"])
+def test_what_no_rule_covers_is_found_out(kind):
+    policy, rollouts = unusual(kind), rollouts_for()
+    matrix = gradients(policy, rollouts)
+    assert_close(dh.fisher_kernel(policy, rollouts), matrix @ matrix.T)
+
+
+def test_rules_cover_real_models(monkeypatch):
+    """No tested model but one falls back on a backward pass for each rollout."""
+    def refuse(policy, rollouts, names):
+        raise AssertionError(f"{names} have no rule")
+
+    monkeypatch.setattr(sample_gradients, "_one_by_one", refuse)
+    for name in {*CONFIGS, *MORE} - {"gpt_oss"}:
+        dh.fisher_kernel(build(name), rollouts_for())
+    with pytest.raises(AssertionError, match="sinks"):
+        dh.fisher_kernel(build("gpt_oss"), rollouts_for())
+
+
+def test_an_input_changed_in_place_is_refused():
+    policy = build("llama")
+    layer = policy.model.model.layers[0].mlp.down_proj
+    forward = layer.forward
+
+    def spoiled(x):
+        out = forward(x)
+        with torch.no_grad():
+            x.mul_(2)
+        return out
+
+    layer.forward = spoiled
+    with pytest.raises(RuntimeError, match="changed a layer's input in place|modified by an inplace operation"):
+        dh.fisher_kernel(policy, rollouts_for())
+
+
+def test_a_policy_gradient_step_moves_log_probs_as_the_kernel_says(shipped, problems):
+    rollouts = dh.sample(shipped, problems.select(range(4)), 4, seed=2)
+    policy = dh.exact.exact_policy(dh.load_policy(shipped.model.config._name_or_path, "cpu").model)
+    objective = dh.objectives.Objective(dh.objectives.grpo, aggregation="constant", length=1)
+    direction = dh.update_direction(policy, rollouts, objective, torch.optim.SGD(policy.parameters.values(), lr=0.1))
+    weights = direction.token_weights[:, 0].double()
+    eta = 1e-9
+    with torch.no_grad():
+        moved = score(policy, rollouts, policy.shifted(direction.vector, eta)).log_probs.sum(1)
+        moved = moved - score(policy, rollouts).log_probs.sum(1)
+    predicted = eta * dh.fisher_kernel(policy, rollouts) @ weights
+    torch.testing.assert_close(moved, predicted, atol=1e-4 * float(predicted.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_sketch_has_the_error_that_it_states(level):
+    policy, rollouts = build("llama"), rollouts_for(count=4, response=4)
+    exact = dh.fisher_kernel(policy, rollouts, level=level)
+    errors = []
+    for dimension in (16, 64, 256):
+        stated = ((exact.diag()[:, None] * exact.diag() + exact.square()) / dimension).sqrt()
+        z = [dh.fisher_sketch(policy, rollouts, dimension, level=level, seed=seed) for seed in range(60)]
+        scores = torch.stack([(x @ x.T - exact) / stated for x in z])
+        # 60 draws of pairs that depend on each other: four standard errors are about a third.
+        assert scores.square().mean().sqrt() == pytest.approx(1, abs=0.3)
+        assert scores.mean().abs() < 0.3
+        errors.append(float(torch.stack([x @ x.T - exact for x in z]).norm()))
+    assert math.log(errors[0] / errors[2]) / math.log(16) == pytest.approx(0.5, abs=0.1)
+
+
+def test_sketches_of_batches_and_sets_belong_together():
+    policy, one, two = build("qwen3_moe"), rollouts_for(), rollouts_for(count=7, seed=1)
+    p = random_preconditioner(policy)
+    whole = dh.fisher_sketch(policy, one, 64, p)
+    torch.testing.assert_close(dh.fisher_sketch(policy, one, 64, p, batch_size=2), whole)
+    torch.testing.assert_close(dh.fisher_sketch(policy, one.select(slice(1, 4)), 64, p), whole[1:4])
+    assert not torch.equal(dh.fisher_sketch(policy, one, 64, p, seed=1), whole)
+    exact = dh.fisher_kernel(policy, one, two, p)
+    large = dh.fisher_sketch(policy, one, 2**14, p) @ dh.fisher_sketch(policy, two, 2**14, p).T
+    assert (large - exact).norm() < 0.1 * dh.fisher_kernel(policy, one, preconditioner=p).norm()
+
+
+def test_bad_arguments_are_named():
+    policy, rollouts = build("llama"), rollouts_for()
+    with pytest.raises(ValueError, match="level: expected one of sequence, token, got 'word'"):
+        dh.fisher_kernel(policy, rollouts, level="word")
+    with pytest.raises(ValueError, match="others: expected the temperature 1.3 of rollouts, got 1.0"):
+        dh.fisher_kernel(policy, rollouts, rollouts.replace(temperature=1.0))
+    with pytest.raises(ValueError, match=r"preconditioner\['nonsense'\]: expected the name of a trainable parameter"):
+        dh.fisher_kernel(policy, rollouts, preconditioner={"nonsense": torch.ones(1)})
+    with pytest.raises(ValueError, match="batch_size: expected an integer ≥ 1, got 0"):
+        dh.fisher_kernel(policy, rollouts, batch_size=0)
+    with pytest.raises(ValueError, match="dimension: expected an integer ≥ 1, got 0"):
+        dh.fisher_sketch(policy, rollouts, 0)
+    with pytest.raises(ValueError, match=r"preconditioner\['model.norm.weight'\]: expected numbers ≥ 0"):
+        dh.fisher_sketch(policy, rollouts, 8, {"model.norm.weight": -torch.ones(32, dtype=torch.float64)})
+    with pytest.raises(ValueError, match="rollouts: expected token ids below the policy's vocabulary size"):
+        dh.fisher_kernel(policy, rollouts.replace(input_ids=rollouts.input_ids + V))
+    with torch.no_grad():
+        policy.model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="policy: the kernel is NaN or infinite, first in row 0"):
+        dh.fisher_kernel(policy, rollouts)
+    policy.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="policy: has no trainable parameters"):
+        dh.fisher_kernel(policy, rollouts)
