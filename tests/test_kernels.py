@@ -93,6 +93,15 @@ def test_equals_one_backward_pass_for_each_rollout(name):
     assert_close(dh.fisher_kernel(policy, rollouts, preconditioner=p), matrix * flat(policy, p) @ matrix.T)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "qwen3_moe", "lfm2", "opt"])
+@pytest.mark.parametrize("count", [1, 2, 8, 11])
+def test_any_number_of_rollouts(name, count):
+    """Also as many as positions (11), heads, or experts."""
+    policy, rollouts = build(name), rollouts_for(count=count)
+    matrix = gradients(policy, rollouts)
+    assert_close(dh.fisher_kernel(policy, rollouts), matrix @ matrix.T)
+
+
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "qwen3_moe", "phi"])
 @pytest.mark.parametrize("limit", ["FORMED", "CONTRACTED"])
 def test_formed_and_contracted_agree(name, limit, monkeypatch):

@@ -104,20 +104,12 @@ class Output(Factors):
 
     def __init__(self, right: Tensor, hidden: Tensor, layer: OutputLayer, rollouts: Rollouts, normaliser: Tensor):
         self.right, self.positions = right, right.shape[1]
-        self.hidden, self.layer, self.rollouts, self.normaliser = hidden, layer, rollouts, normaliser
-
-    @staticmethod
-    def common(hidden: Tensor, layer: OutputLayer, rollouts: Rollouts, log_probs: Tensor) -> tuple:
-        """What weight and bias share, log Σ e^z [n T] among it."""
-        flat, targets = hidden.flatten(0, 1), rollouts.response_ids.flatten()
-        bias = 0.0 if layer.bias is None else layer.bias.detach()[targets]
-        chosen = (flat * layer.weight.detach()[targets]).sum(-1) + bias
-        return hidden, layer, rollouts, layer.scaling(chosen.to(log_probs.dtype)) - log_probs.flatten()
+        self.hidden, self.layer, self.rollouts, self.normaliser = hidden.flatten(0, 1), layer, rollouts, normaliser
 
     def left(self, rows: slice) -> Tensor:
         mask, targets = self.rollouts.response_mask, self.rollouts.response_ids.flatten() - rows.start
-        bias = None if self.layer.bias is None else self.layer.bias.detach()[rows]
-        z = tile_logits(self.hidden.flatten(0, 1), self.layer.weight.detach()[rows], bias, self.layer.scaling)
+        bias = None if self.layer.bias is None else self.layer.bias[rows]
+        z = tile_logits(self.hidden, self.layer.weight[rows], bias, self.layer.scaling)
         slope = -(z - self.normaliser[:, None]).exp()
         inside = ((targets >= 0) & (targets < z.shape[1])).nonzero()[:, 0]
         slope[inside, targets[inside]] += 1

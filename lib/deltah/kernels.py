@@ -11,6 +11,7 @@ is ever held. Chapter 08 shows what K looks like, and derives both routes:
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -28,8 +29,8 @@ LEVELS = ("sequence", "token")
 FORMED, CONTRACTED = 2**26, 2**24
 # Products that are summed in float32: matrix products of greater depth lose digits (4e-4 of K at 15 million).
 DEPTH = 2**13
-# Numbers that the activations of one backward pass may hold on a CPU.
-ACTIVATIONS = 2**30
+# Bytes that the activations of one backward pass may take on a CPU.
+ACTIVATIONS = 2**33
 # Coordinates of a parameter that a sketch hashes together.
 HASHED = 2**18
 
@@ -71,11 +72,10 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
         raise ValueError(f"others: expected the temperature {left.temperature} of rollouts, got {right.temperature}")
     scale = _checked(policy, preconditioner)
     kernel = torch.zeros(len(left), len(right), dtype=torch.float64, device=policy.device)
-    pairs = list(_pairs(policy, left, None if others is None else right, batch_size))
-    for a, b in tqdm(pairs, desc="kernel", unit="pass", leave=False, delay=1):
-        if b is None:
-            batch, first = left.select(a), slice(0, len(a))
-            second, b = first, a
+    passes = list(_passes(policy, left, None if others is None else right, batch_size))
+    for a, b in tqdm(passes, desc="kernel", unit="pass", leave=False, delay=1):
+        if others is None:
+            batch, first, second = left.select(a), slice(0, len(a)), slice(0, len(a))
         else:
             batch = _joined(left.select(a), right.select(b))
             first, second = slice(0, len(a)), slice(len(a), len(batch))
@@ -87,8 +87,6 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
 
         sample_gradients(policy, batch, receive)
         kernel[a[:, None], b] = part
-        if others is None:
-            kernel[b[:, None], a] = part.T
     wrong = ~torch.isfinite(kernel).all(1)
     if wrong.any():
         raise ValueError(f"policy: the kernel is NaN or infinite, first in row {int(wrong.nonzero()[0])}")
@@ -197,9 +195,9 @@ def _batch_size(policy: Policy, rollouts: Rollouts, batch_size: int | None) -> i
         return batch_size
     budget = ACTIVATIONS
     if policy.device.type == "cuda":
-        budget = torch.cuda.mem_get_info(policy.device)[0] // 8
+        budget = torch.cuda.mem_get_info(policy.device)[0] // 2
     # What goes into each layer and comes out of it, and as much again between layers.
-    position = 2 * sum(sum(p.shape[-2:]) for p in policy.model.parameters()
+    position = 2 * sum(p.element_size() * sum(p.shape[-2:]) for p in policy.model.parameters()
                        if p.ndim > 1 and policy.vocabulary_size not in p.shape)
     return max(1, budget // max(1, position * int(rollouts.attention_mask.sum(1).max())))
 
@@ -209,31 +207,24 @@ def _blocks(rollouts: Rollouts, size: int) -> list[Tensor]:
     return list(rollouts.attention_mask.sum(1).argsort(stable=True).split(size))
 
 
-def _pairs(policy: Policy, left: Rollouts, right: Rollouts | None,
-           batch_size: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Rows of `left` and of `right` to run together; None in place of the latter for products among the former."""
+def _passes(policy: Policy, left: Rollouts, right: Rollouts | None,
+            batch_size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of `left` and of `right` between which one pass gives the kernel; twice the same rows of a single set."""
     if right is None:
         most = _batch_size(policy, left, batch_size)
-        if len(left) <= most:
-            yield torch.arange(len(left), device=policy.device), None
-            return
-        blocks = _blocks(left, max(1, most // 2))
-        for i, a in enumerate(blocks):
-            yield a, None
-            yield from ((a, b) for b in blocks[:i])
+        blocks = _blocks(left, len(left) if len(left) <= most else max(1, most // 2))
+        unions = (torch.cat(pair) for pair in itertools.combinations(blocks, 2)) if len(blocks) > 1 else blocks
+        yield from ((rows, rows) for rows in unions)
         return
     most = min(_batch_size(policy, x, batch_size) for x in (left, right))
-    # As few passes as there can be: either all of one set, or half a batch of each.
-    sizes = (max(1, most // 2),) * 2
-    if len(left) + len(right) <= most:
-        sizes = len(left), len(right)
-    yield from ((a, b) for a in _blocks(left, sizes[0]) for b in _blocks(right, sizes[1]))
+    sizes = (len(left), len(right)) if len(left) + len(right) <= most else (max(1, most // 2),) * 2
+    yield from itertools.product(_blocks(left, sizes[0]), _blocks(right, sizes[1]))
 
 
 def _products(gradient: SampleGradient, a: slice, b: slice, scale: Tensor | None) -> Tensor:
     """Σ_α P_α G_iα G_jα for rollouts i in `a` and j in `b`, [n_a, n_b] in float64."""
     gradient, rows = gradient.compressed()
-    (o, i), n, k = gradient.shape, max(a.stop, b.stop), gradient.positions
+    (o, i), k, n = gradient.shape, gradient.positions, max(a.stop, b.stop)
     n_a, n_b = a.stop - a.start, b.stop - b.start
     if scale is not None:
         scale = gradient.part_of(scale) if rows is None else gradient.part_of(scale)[rows]

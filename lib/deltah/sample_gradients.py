@@ -26,7 +26,7 @@ from deltah.factors import Factors, Formed, Lookup, Output, SampleGradient
 from deltah.policies import OutputLayer, Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import log_probs_and_entropies, response_output, score
-from deltah.vocabulary import linear_log_probs_and_entropies
+from deltah.vocabulary import LogProbsAndEntropies
 
 # Parameters that take part elementwise get a copy for each rollout up to this size.
 SMALL = 2**16
@@ -106,10 +106,10 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, policy: Policy, rollouts: Rollouts):
         super().__init__()
-        self.policy, self.rollouts, self.n = policy, rollouts, len(rollouts)
+        self.parameters, self.rollouts, self.n = policy.parameters, rollouts, len(rollouts)
         self.width = int(rollouts.attention_mask.sum(1).max())
         self.watched = WeakIdKeyDictionary()
-        for name, p in policy.parameters.items():
+        for name, p in self.parameters.items():
             copies = functools.partial(self._copies, name) if p.numel() <= SMALL else None
             self.watched[p] = _Watched((name, None), copies)
         self.samples = WeakIdKeyDictionary()             # rows that a router has picked -> the rollout of each
@@ -121,7 +121,7 @@ class _Watch(TorchFunctionMode):
 
     def _copies(self, name: str) -> Tensor:
         if name not in self.leaves:
-            p = self.policy.parameters[name].detach()
+            p = self.parameters[name].detach()
             self.leaves[name] = p.expand(self.n, *p.shape).clone().requires_grad_()
         return self.leaves[name]
 
@@ -229,27 +229,28 @@ class _Watch(TorchFunctionMode):
                 self._finish(key)
 
     def _finish(self, key: tuple[str, int | None]) -> None:
-        p = self.policy.parameters[key[0]]
+        p = self.parameters[key[0]]
         p = p if key[1] is None else p[key[1]]
         factors = self.arrived.pop(key)
         self.receive(SampleGradient(*key, _matrix_shape(p), factors))
 
     def output(self, hidden: Tensor, layer: OutputLayer) -> Tensor:
         """Log-probs [n, T] of the responses' tokens."""
-        layer = layer._replace(scaling=layer.scaling._replace(temperature=self.rollouts.temperature))
         weight, bias = (None if x is None else x.detach() for x in layer[:2])
-        log_probs, _ = linear_log_probs_and_entropies(hidden, weight, self.rollouts.response_ids, bias=bias,
-                                                      **layer.scaling._asdict())
-        known, h = Output.common(hidden.detach(), layer, self.rollouts, log_probs.detach()), hidden.detach()
+        scaling = layer.scaling._replace(temperature=self.rollouts.temperature)
+        log_probs, _, normaliser = LogProbsAndEntropies.apply(
+            hidden.flatten(0, 1), weight, bias, self.rollouts.response_ids.flatten(), scaling)
+        h, detached = hidden.detach(), OutputLayer(weight, bias, scaling)
         for parameter, right in ((layer.weight, h), (layer.bias, torch.ones_like(h[..., :1]))):
             if parameter is not None and parameter in self.watched:
-                self.arrived[self.watched[parameter].key].append(Output(right.to(_kind(right)), *known))
-        return log_probs
+                self.arrived[self.watched[parameter].key].append(
+                    Output(right.to(_kind(right)), h, detached, self.rollouts, normaliser.detach()))
+        return log_probs.view(hidden.shape[:-1])
 
     def backward(self, total: Tensor, receive: Callable[[SampleGradient], None]) -> None:
         """One backward pass from Σ_i S_i."""
         self.receive = receive
-        own = {id(p): name for name, p in self.policy.parameters.items()}
+        own = {id(p): name for name, p in self.parameters.items()}
         self.unknown.update(own[i] for i in _leaf_ids(total) if i in own)
         sliced = {name for name, index in self.pending if index is not None}
         whole = {name for name, index in [*self.pending, *self.arrived] if index is None} | set(self.leaves)
@@ -264,7 +265,7 @@ class _Watch(TorchFunctionMode):
             gradients = torch.autograd.grad(total, inputs, allow_unused=True)
             for name, gradient in zip(self.leaves, gradients[len(self.roots):], strict=True):
                 if gradient is not None and name not in self.unknown:
-                    shape = _matrix_shape(self.policy.parameters[name])
+                    shape = _matrix_shape(self.parameters[name])
                     self.arrived[name, None].append(Formed(gradient.view(self.n, *shape).to(_kind(gradient))))
         # Small parameters, and those that some part of the model used without an effect.
         for key in list(self.arrived):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Entries of a tile: a processor's cache, or enough to fill a GPU.
-TILE_ON_CPU, TILE_ON_GPU = 2**20, 2**26
+# Entries of a tile: a processor's cache; on a GPU a 32nd of the logits, within bounds that keep it busy.
+TILE_ON_CPU, TILE_ON_GPU = 2**20, (2**22, 2**26)
 # Rows of a tile: past this, matrix products gain nothing.
 ROWS_ON_CPU, ROWS_ON_GPU = 512, 4096
 
@@ -80,7 +80,7 @@ def linear_log_probs_and_entropies(hidden: Tensor, weight: Tensor, targets: Tens
         if value is not None and not value > 0:
             raise ValueError(f"{name}: expected a positive number, got {value}")
     # A custom function has no forward mode that can be nested.
-    function = _in_forward_mode if forward_ad._current_level >= 0 else _LogProbsAndEntropies.apply
+    function = _in_forward_mode if forward_ad._current_level >= 0 else LogProbsAndEntropies.apply
     log_probs, entropies, *_ = function(hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1),
                                         Scaling(scale, soft_cap, temperature))
     return log_probs.view(targets.shape), entropies.view(targets.shape)
@@ -100,8 +100,9 @@ class _Tile(NamedTuple):
 
 
 def _tiles(targets: Tensor, size: int) -> Iterator[_Tile]:
-    on_cpu = targets.device.type == "cpu"
-    budget, most = (TILE_ON_CPU, ROWS_ON_CPU) if on_cpu else (TILE_ON_GPU, ROWS_ON_GPU)
+    budget, most = TILE_ON_CPU, ROWS_ON_CPU
+    if targets.device.type != "cpu":
+        budget, most = min(max(TILE_ON_GPU[0], len(targets) * size // 32), TILE_ON_GPU[1]), ROWS_ON_GPU
     rows = max(1, min(len(targets), max(most, budget // size)))
     columns = max(1, min(size, budget // rows))
     # A block of columns stays in the cache while the rows pass.
@@ -121,7 +122,7 @@ def tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Sc
     return scaling(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
-class _LogProbsAndEntropies(torch.autograd.Function):
+class LogProbsAndEntropies(torch.autograd.Function):
     """(hidden [R, d], weight [V, d], bias [V] or None, targets [R], scaling) -> log-probs, entropies, log Σ e^z."""
 
     @staticmethod
