@@ -4,9 +4,14 @@
 
 PROFILE ?= quick
 SYSTEM_PYTHON ?= python3
+CHECK_PYTHON = $(SYSTEM_PYTHON) -c 'import sys; sys.exit("deltah needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set SYSTEM_PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# Benchmarks run beside other libraries, which stay out of the environment that everything else uses.
+BENCH_VENV := .venv-bench
+BENCH_PYTHON := $(BENCH_VENV)/bin/python
+BENCH_READY := $(BENCH_VENV)/.ready
 # Bars are for people: in a notebook's outputs they would only differ from run to run. Threads that wait must sleep: two
 # processes that spin on the same cores slow each other down tenfold.
 QUIET := TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 OMP_WAIT_POLICY=PASSIVE
@@ -19,11 +24,11 @@ help:
 	@echo "make setup    only set up .venv"
 	@echo "make lab      open the chapters in JupyterLab"
 	@echo "make sync     pair scripts and notebooks; store the outputs of those that changed, or of CHAPTER=01"
-	@echo "make bench    what predictions cost, side by side, into results/bench/; MODEL=... DEVICE=cuda"
+	@echo "make bench    times and memory side by side with other libraries, into results/bench/; ONLY=kernel MODEL=... DEVICE=cuda"
 	@echo "make policy   generate the problems again and train the shipped policy again"
 	@echo "make lint     ruff over everything"
 	@echo "make lock     refresh constraints.txt"
-	@echo "make clean    remove what was built: .venv, results, caches"
+	@echo "make clean    remove what was built: .venv, .venv-bench, results, caches"
 
 run: $(READY)
 	@$(QUIET) $(PYTHON) notebooks/run.py run --profile $(PROFILE) $(if $(CHAPTER),--chapter $(CHAPTER)) --set $(CHANGES)
@@ -34,7 +39,7 @@ test: $(READY)
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit("deltah needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set SYSTEM_PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
+	@$(CHECK_PYTHON)
 	@echo "Setting up $(VENV) with the versions of constraints.txt; this takes a few minutes, once."
 	@$(SYSTEM_PYTHON) -m venv $(VENV)
 	@$(PYTHON) -m pip install --quiet --constraint constraints.txt setuptools
@@ -48,8 +53,21 @@ lab: $(READY)
 sync: $(READY)
 	@$(QUIET) $(PYTHON) notebooks/run.py sync $(if $(CHAPTER),--chapter $(CHAPTER))
 
-bench: $(READY)
-	@$(QUIET) $(PYTHON) benchmarks/entropy_change.py $(if $(MODEL),--model $(MODEL)) $(if $(DEVICE),--device $(DEVICE))
+# A terminal shows how far it is: `make bench` takes half an hour.
+bench: $(BENCH_READY)
+	@$(filter-out TQDM_DISABLE=1,$(QUIET)) $(BENCH_PYTHON) benchmarks/run.py $(if $(ONLY),--only $(ONLY)) \
+		$(if $(MODEL),--model $(MODEL)) $(if $(DEVICE),--device $(DEVICE)) $(if $(ROUNDS),--rounds $(ROUNDS))
+
+# --no-deps: the list is complete, and some of its packages ask for a torchvision that they use in examples only.
+$(BENCH_READY): pyproject.toml constraints.txt benchmarks/requirements.txt
+	@$(CHECK_PYTHON)
+	@echo "Setting up $(BENCH_VENV), with what deltah is measured against; this takes a few minutes, once."
+	@$(SYSTEM_PYTHON) -m venv $(BENCH_VENV)
+	@$(BENCH_PYTHON) -m pip install --quiet --constraint constraints.txt setuptools
+	@$(BENCH_PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable .
+	@$(BENCH_PYTHON) -m pip install --quiet --constraint constraints.txt --no-deps --requirement benchmarks/requirements.txt
+	@touch $(BENCH_READY)
+	@echo "$(BENCH_VENV) is ready."
 
 policy: $(READY)
 	$(PYTHON) data/make_problems.py
@@ -70,5 +88,5 @@ lock:
 	@rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) results .pytest_cache .ruff_cache .hypothesis lib/*.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) results .pytest_cache .ruff_cache .hypothesis lib/*.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
