@@ -112,17 +112,29 @@ def test_formed_and_contracted_agree(name, limit, monkeypatch):
     assert_close(dh.fisher_kernel(policy, rollouts), expected)
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("name", ["qwen2", "llama", "qwen3_moe"])
+def test_what_does_not_fit_meets_in_blocks(name, batch_size, monkeypatch):
+    policy, one, two = build(name), rollouts_for(count=7), rollouts_for(count=4, response=9, seed=1)
+    a, b, p = gradients(policy, one), gradients(policy, two), random_preconditioner(policy)
+    size = kernels._block_size(policy, one, one)
+    monkeypatch.setattr(kernels, "FACTORS", kernels.FACTORS * 5 // size)
+    assert kernels._block_size(policy, one, one) == 2
+    assert_close(dh.fisher_kernel(policy, one, preconditioner=p, batch_size=batch_size), a * flat(policy, p) @ a.T)
+    assert_close(dh.fisher_kernel(policy, one, two, batch_size=batch_size), a @ b.T)
+
+
 def test_both_routes_are_taken(monkeypatch):
     """Wide layers and few positions are contracted, narrow ones and many formed."""
     taken = set()
-    for route in ("_contracted", "_inner"):
+    for route in ("_contracted", "_formed"):
         original = getattr(kernels, route)
         monkeypatch.setattr(kernels, route, lambda *a, f=original, r=route: (taken.add(r), f(*a))[1])
     dh.fisher_kernel(build("llama"), rollouts_for(count=2, prompt=1, response=1))
     assert "_contracted" in taken
     taken.clear()
     dh.fisher_kernel(build("llama"), rollouts_for(count=5, response=60))
-    assert "_inner" in taken
+    assert "_formed" in taken
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "qwen3_moe"])

@@ -36,13 +36,22 @@ class SampleGradient:
         """Of a tensor of the parameter's shape, what belongs to this matrix: [o, i]."""
         return (whole if self.index is None else whole[self.index]).reshape(-1, self.shape[1])
 
-    def compressed(self) -> tuple[SampleGradient, Tensor | None]:
-        """Without the rows of an embedding that no rollout looks up; and which rows are left, None for all."""
-        if not all(isinstance(factors, Lookup) for factors in self.factors):
-            return self, None
-        rows = torch.cat([factors.ids.flatten() for factors in self.factors]).unique()
-        left = [Lookup(torch.searchsorted(rows, factors.ids.contiguous()), factors.right) for factors in self.factors]
-        return SampleGradient(self.name, self.index, (len(rows), self.shape[1]), left), rows
+    @property
+    def is_lookup(self) -> bool:
+        """Whether only an embedding's rows of the rollouts' tokens have a gradient."""
+        return all(isinstance(factors, Lookup) for factors in self.factors)
+
+    def looked_up(self) -> Tensor:
+        """These rows."""
+        return torch.cat([factors.ids.flatten() for factors in self.factors]).unique()
+
+    def restricted(self, rows: Tensor) -> SampleGradient:
+        """Of a lookup, only `rows`, in rising order."""
+        left = []
+        for factors in self.factors:
+            places = torch.searchsorted(rows, factors.ids.contiguous()).clamp(max=len(rows) - 1)
+            left.append(Lookup(places, factors.right * (rows[places] == factors.ids)[..., None]))
+        return SampleGradient(self.name, self.index, (len(rows), self.shape[1]), left)
 
     @property
     def positions(self) -> int | None:

@@ -1,8 +1,8 @@
 """The Fisher kernel K(t, t') = Σ_α P_α ∂_α S(t) ∂_α S(t') between rollouts or between tokens, with S = log π(t|p).
 
 η/B Σ_t' K(t, t') A(t') is how much a policy-gradient step with advantages A moves log π(t); P is the optimizer's
-preconditioner. Gradients come one parameter at a time (`sample_gradients`), so that no matrix of rollouts by parameters
-is ever held. Chapter 08 shows what K looks like, and derives both routes:
+preconditioner. Gradients are formed one parameter at a time from their factors (`sample_gradients`), so that no matrix
+of rollouts by parameters is ever held. Chapter 08 shows what K looks like, and derives both routes:
 
     formed      G_i = Σ_k g_k ⊗ x_k in blocks,  K_ij += Σ G_i P G_j
     contracted  K_ij += Σ_kl (g_k · g_l) (x_k · x_l),  for wide layers and few positions
@@ -11,7 +11,7 @@ is ever held. Chapter 08 shows what K looks like, and derives both routes:
 from __future__ import annotations
 
 import hashlib
-import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -22,15 +22,17 @@ from tqdm import tqdm
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
 from deltah.sample_gradients import SampleGradient, sample_gradients
-from deltah.scoring import check_tokens
+from deltah.scoring import batches, check_tokens
 
 LEVELS = ("sequence", "token")
 # Numbers that gradients formed at a time may hold, and the matrices that a layer is contracted through.
 FORMED, CONTRACTED = 2**26, 2**24
 # Products that are summed in float32: matrix products of greater depth lose digits (4e-4 of K at 15 million).
 DEPTH = 2**13
-# Bytes that the activations of one backward pass may take on a CPU.
-ACTIVATIONS = 2**33
+# Rows below which a matrix product gets slow.
+NARROWEST = 32
+# Bytes that the factors of gradients may take on a CPU.
+FACTORS = 2**33
 # Coordinates of a parameter that a sketch hashes together.
 HASHED = 2**18
 
@@ -41,8 +43,8 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
     """The Fisher kernel between the rollouts (or tokens) of one set, or of two.
 
     Over the trainable parameters: tied ones once, biases, norms and adapters included. Takes about a third more than a
-    forward and backward pass over all rollouts; where they do not fit into one batch, one pass for each pair of
-    batches.
+    forward and backward pass over all rollouts, and the memory of each layer's inputs and output gradients; where that
+    is too much, blocks of rollouts meet in pairs, and the cost grows with the square of their number.
 
     Args:
         policy: the policy.
@@ -72,21 +74,21 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
         raise ValueError(f"others: expected the temperature {left.temperature} of rollouts, got {right.temperature}")
     scale = _checked(policy, preconditioner)
     kernel = torch.zeros(len(left), len(right), dtype=torch.float64, device=policy.device)
-    passes = list(_passes(policy, left, None if others is None else right, batch_size))
-    for a, b in tqdm(passes, desc="kernel", unit="pass", leave=False, delay=1):
-        if others is None:
-            batch, first, second = left.select(a), slice(0, len(a)), slice(0, len(a))
-        else:
-            batch = _joined(left.select(a), right.select(b))
-            first, second = slice(0, len(a)), slice(len(a), len(batch))
-        part = torch.zeros(len(a), len(b), dtype=torch.float64, device=policy.device)
-
-        def receive(gradient: SampleGradient, part=part, first=first, second=second) -> None:
-            if scale is None or gradient.name in scale:
-                part += _products(gradient, first, second, None if scale is None else scale[gradient.name])
-
-        sample_gradients(policy, batch, receive)
-        kernel[a[:, None], b] = part
+    size = _block_size(policy, left, right)
+    rows = _blocks(left, size)
+    # A single set's blocks have met those before them.
+    columns = [rows[a + 1:] if others is None else _blocks(right, size) for a in range(len(rows))]
+    total = sum(len(first) + sum(map(len, row)) for first, row in zip(rows, columns, strict=True))
+    with tqdm(total=total, desc="kernel", unit="rollout", leave=False, delay=1) as progress:
+        for first, row in zip(rows, columns, strict=True):
+            of_first = _gradients(policy, left.select(first), scale, batch_size, progress)
+            if others is None:
+                kernel[first[:, None], first] = _products(of_first, of_first, scale, (len(first), len(first)))
+            for second in row:
+                of_second = _gradients(policy, right.select(second), scale, batch_size, progress)
+                kernel[first[:, None], second] = _products(of_first, of_second, scale, (len(first), len(second)))
+                if others is None:
+                    kernel[second[:, None], first] = kernel[first[:, None], second].T
     wrong = ~torch.isfinite(kernel).all(1)
     if wrong.any():
         raise ValueError(f"policy: the kernel is NaN or infinite, first in row {int(wrong.nonzero()[0])}")
@@ -131,17 +133,19 @@ def fisher_sketch(policy: Policy, rollouts: Rollouts, dimension: int = 4096,
             raise ValueError(f"preconditioner[{name!r}]: expected numbers ≥ 0, to take roots of, got {float(p.min())}")
     kind = torch.promote_types(policy.dtype, torch.float32)
     sketch = torch.zeros(len(samples), dimension, dtype=kind, device=policy.device)
-    batches = _blocks(samples, min(_batch_size(policy, samples, batch_size), FORMED // HASHED))
-    for rows in tqdm(batches, desc="sketch", unit="pass", leave=False, delay=1):
-        part = torch.zeros(len(rows), dimension, dtype=kind, device=policy.device)
+    most = FORMED // HASHED if batch_size is None else min(batch_size, FORMED // HASHED)
+    with tqdm(total=len(samples), desc="sketch", unit="rollout", leave=False, delay=1) as progress:
+        for rows in _batches(policy, samples, batch_size, most):
+            part = torch.zeros(len(rows), dimension, dtype=kind, device=policy.device)
 
-        def receive(gradient: SampleGradient, part=part) -> None:
-            if scale is None or gradient.name in scale:
-                root = None if scale is None else scale[gradient.name].sqrt()
-                part += _hashed(gradient, root, dimension, seed)
+            def receive(gradient: SampleGradient, part=part) -> None:
+                if scale is None or gradient.name in scale:
+                    root = None if scale is None else scale[gradient.name].sqrt()
+                    part += _hashed(gradient, root, dimension, seed)
 
-        sample_gradients(policy, samples.select(rows), receive)
-        sketch[rows] = part
+            sample_gradients(policy, samples.select(rows), receive)
+            sketch[rows] = part
+            progress.update(len(rows))
     return sketch
 
 
@@ -174,86 +178,129 @@ def _checked(policy: Policy, preconditioner: Mapping[str, Tensor] | None) -> dic
     return {name: p.detach().to(policy.device) for name, p in preconditioner.items()}
 
 
-def _joined(a: Rollouts, b: Rollouts) -> Rollouts:
-    """Both, padded alike."""
-    prompt = max(a.prompt_length, b.prompt_length)
-    steps = max(a.response_mask.shape[1], b.response_mask.shape[1])
-
-    def both(name: str, before: bool) -> Tensor:
-        return torch.cat([F.pad(getattr(x, name), ((prompt - x.prompt_length) * before,
-                                                   steps - x.response_mask.shape[1])) for x in (a, b)])
-
-    return Rollouts(both("input_ids", True), both("attention_mask", True), both("response_mask", False),
-                    torch.cat([a.prompt_index, b.prompt_index]), temperature=a.temperature)
+def _batches(policy: Policy, rollouts: Rollouts, batch_size: int | None, most: int | None = None) -> list[Tensor]:
+    """Row indices of the rollouts of one backward pass each."""
+    if batch_size is None:
+        batch_size = policy.rows_at_once(int(rollouts.attention_mask.sum(1).max()), logits=False)
+    return batches(policy, rollouts, batch_size if most is None else min(batch_size, most))
 
 
-def _batch_size(policy: Policy, rollouts: Rollouts, batch_size: int | None) -> int:
-    """Rollouts whose activations and gradients fit into one backward pass."""
-    if batch_size is not None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected an integer ≥ 1, got {batch_size}")
-        return batch_size
-    budget = ACTIVATIONS
+def _block_size(policy: Policy, left: Rollouts, right: Rollouts) -> int:
+    """Rollouts of either set whose factors are held at a time."""
+    budget = FACTORS
     if policy.device.type == "cuda":
         budget = torch.cuda.mem_get_info(policy.device)[0] // 2
-    # What goes into each layer and comes out of it, and as much again between layers.
-    position = 2 * sum(p.element_size() * sum(p.shape[-2:]) for p in policy.model.parameters()
-                       if p.ndim > 1 and policy.vocabulary_size not in p.shape)
-    return max(1, budget // max(1, position * int(rollouts.attention_mask.sum(1).max())))
+    # What goes into each layer, and the gradient of what comes out of it.
+    position = sum(max(4, p.element_size()) * sum(p.shape[-2:]) for p in policy.model.parameters()
+                   if p.ndim > 1 and policy.vocabulary_size not in p.shape)
+    most = budget // max(1, position * max(int(x.attention_mask.sum(1).max()) for x in (left, right)))
+    return max(1, most if left is right and len(left) <= most else most // 2)
 
 
 def _blocks(rollouts: Rollouts, size: int) -> list[Tensor]:
-    """Row indices of batches of similar length."""
+    """Row indices of blocks of similar length."""
     return list(rollouts.attention_mask.sum(1).argsort(stable=True).split(size))
 
 
-def _passes(policy: Policy, left: Rollouts, right: Rollouts | None,
-            batch_size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of `left` and of `right` between which one pass gives the kernel; twice the same rows of a single set."""
-    if right is None:
-        most = _batch_size(policy, left, batch_size)
-        blocks = _blocks(left, len(left) if len(left) <= most else max(1, most // 2))
-        unions = (torch.cat(pair) for pair in itertools.combinations(blocks, 2)) if len(blocks) > 1 else blocks
-        yield from ((rows, rows) for rows in unions)
-        return
-    most = min(_batch_size(policy, x, batch_size) for x in (left, right))
-    sizes = (len(left), len(right)) if len(left) + len(right) <= most else (max(1, most // 2),) * 2
-    yield from itertools.product(_blocks(left, sizes[0]), _blocks(right, sizes[1]))
+# The gradients of one parameter, in parts with the rows that each is of; and of all, by name and slice.
+Parts = list[tuple[Tensor, SampleGradient]]
+Gradients = dict[tuple[str, int | None], Parts]
 
 
-def _products(gradient: SampleGradient, a: slice, b: slice, scale: Tensor | None) -> Tensor:
-    """Σ_α P_α G_iα G_jα for rollouts i in `a` and j in `b`, [n_a, n_b] in float64."""
-    gradient, rows = gradient.compressed()
-    (o, i), k, n = gradient.shape, gradient.positions, max(a.stop, b.stop)
-    n_a, n_b = a.stop - a.start, b.stop - b.start
-    if scale is not None:
-        scale = gradient.part_of(scale) if rows is None else gradient.part_of(scale)[rows]
-    elif k is not None and n_a * n_b * k**2 <= CONTRACTED and n_a * n_b * k**2 * (o + i) < (n * k + n_a * n_b) * o * i:
-        return _contracted(gradient, a, b)
+def _gradients(policy: Policy, rollouts: Rollouts, scale: Mapping[str, Tensor] | None, batch_size: int | None,
+               progress: tqdm) -> Gradients:
+    found: Gradients = defaultdict(list)
+    for rows in _batches(policy, rollouts, batch_size):
+        def receive(gradient: SampleGradient, rows=rows) -> None:
+            if scale is None or gradient.name in scale:
+                found[gradient.name, gradient.index].append((rows, gradient))
+
+        sample_gradients(policy, rollouts.select(rows), receive)
+        progress.update(len(rows))
+    return found
+
+
+def _products(left: Gradients, right: Gradients, scale: Mapping[str, Tensor] | None, shape: tuple[int, int]) -> Tensor:
+    """Σ_α P_α G_iα G_jα in float64."""
     total = 0.0
-    for block in _slices(o, FORMED // (n * i)):
-        formed = gradient.formed(block).flatten(1)
-        other = formed[b] if scale is None else formed[b] * scale[block].flatten().to(formed)
-        total = total + _inner(formed[a], other)
+    for key in left.keys() & right.keys():
+        # Of a lookup, only the rows that both have looked up.
+        rows = None
+        if all(gradient.is_lookup for _, gradient in left[key] + right[key]):
+            rows = torch.cat([gradient.looked_up() for _, gradient in left[key]]).unique()
+        first = [(i, gradient if rows is None else gradient.restricted(rows)) for i, gradient in left[key]]
+        second = first if left is right else [
+            (j, gradient if rows is None else gradient.restricted(rows)) for j, gradient in right[key]]
+        p = None
+        if scale is not None:
+            p = first[0][1].part_of(scale[key[0]])
+            p = p if rows is None else p[rows]
+        contract = p is None and _is_cheaper_contracted(first, second)
+        total = total + (_contracted(first, second, shape) if contract else _formed(first, second, p, shape))
     return total
 
 
-def _inner(x: Tensor, y: Tensor) -> Tensor:
-    """x y^T in float64, of x [n, C] and y [m, C]."""
+def _is_cheaper_contracted(first: Parts, second: Parts) -> bool:
+    """Whether that takes fewer multiplications than to form gradients, and matrices that are not too large."""
+    if any(gradient.positions is None for _, gradient in first + second):
+        return False
+    o, i = first[0][1].shape
+    (n, most_n, rows_n), (m, most_m, rows_m) = (
+        (sum(len(x) for x, _ in parts), max(len(x) * g.positions for x, g in parts),
+         sum(len(x) * g.positions for x, g in parts)) for parts in (first, second))
+    return most_n * most_m <= CONTRACTED and rows_n * rows_m * (o + i) < (rows_n + n * m) * o * i
+
+
+def _pairs(first: Parts, second: Parts) -> Iterator[tuple[int, int]]:
+    """Which parts to multiply: of a set with itself, each pair once."""
+    return ((a, b) for a in range(len(first)) for b in range(a if first is second else 0, len(second)))
+
+
+def _add(total: Tensor, rows: Tensor, columns: Tensor, part: Tensor, mirrored: bool) -> None:
+    total[rows[:, None], columns] += part
+    if mirrored:
+        total[columns[:, None], rows] += part.T
+
+
+def _contracted(first: Parts, second: Parts, shape: tuple[int, int]) -> Tensor:
+    total = torch.zeros(shape, dtype=torch.float64, device=first[0][0].device)
+    for a, b in _pairs(first, second):
+        (i, x), (j, y), products = first[a], second[b], 0.0
+        for block in _slices(x.shape[0], min(DEPTH, FORMED // max(len(i) * x.positions, len(j) * y.positions))):
+            left = x.lefts(block).flatten(0, 1)
+            right = left if x is y else y.lefts(block).flatten(0, 1)
+            products = products + (left @ right.T).double()
+        products = products * (x.rights().flatten(0, 1) @ y.rights().flatten(0, 1).T)
+        _add(total, i, j, products.view(len(i), x.positions, len(j), y.positions).sum((1, 3)),
+             first is second and a < b)
+    return total
+
+
+def _formed(first: Parts, second: Parts, p: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    total = torch.zeros(shape, dtype=torch.float64, device=first[0][0].device)
+    o, i = first[0][1].shape
+    for block in _slices(o, FORMED // (sum(shape) * i)):
+        left = [gradient.formed(block).flatten(1) for _, gradient in first]
+        right = left if first is second else [gradient.formed(block).flatten(1) for _, gradient in second]
+        if p is not None:
+            right = [x * p[block].flatten().to(x) for x in right]
+        for a, b in _pairs(first, second):
+            _add(total, first[a][0], second[b][0], _inner(left[a], right[b], first is second and a == b),
+                 first is second and a < b)
+    return total
+
+
+def _inner(x: Tensor, y: Tensor, symmetric: bool = False) -> Tensor:
+    """x y^T in float64, of x [n, C] and y [m, C]; half of it is left out where it is known to be symmetric."""
+    if symmetric and len(x) > NARROWEST:
+        half = len(x) // 2
+        across = _inner(x[:half], y[half:])
+        corners = (_inner(x[part], y[part], True) for part in (slice(half), slice(half, None)))
+        return torch.cat([torch.cat([next(corners), across], 1), torch.cat([across.T, next(corners)], 1)])
     whole = x.shape[1] // DEPTH * DEPTH
     parts = (z[:, :whole].view(len(z), -1, DEPTH).transpose(0, 1) for z in (x, y))
     total = torch.bmm(next(parts), next(parts).transpose(1, 2)).sum(0, dtype=torch.float64)
     return total + (x[:, whole:] @ y[:, whole:].T).double()
-
-
-def _contracted(gradient: SampleGradient, a: slice, b: slice) -> Tensor:
-    rights, k = gradient.rights(), gradient.positions
-    products = 0.0
-    for block in _slices(gradient.shape[0], min(DEPTH, FORMED // (len(rights) * k))):
-        lefts = gradient.lefts(block)
-        products = products + (lefts[a].flatten(0, 1) @ lefts[b].flatten(0, 1).T).double()
-    products = products * (rights[a].flatten(0, 1) @ rights[b].flatten(0, 1).T)
-    return products.view(len(rights[a]), k, -1, k).sum((1, 3))
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:

@@ -37,8 +37,6 @@ TOGETHER = 2**26
 def sample_gradients(policy: Policy, rollouts: Rollouts, receive: Callable[[SampleGradient], None]) -> None:
     """Hand `receive` the gradients of each rollout's log-prob, every trainable parameter (or expert of it) once.
 
-    Each is let go before the next comes; `receive` must not keep it.
-
     Args:
         policy: the policy.
         rollouts: n rollouts, run as one batch; S_i is the log-prob of response i at their temperature.

@@ -184,13 +184,21 @@ class LogProbsAndEntropies(torch.autograd.Function):
                 slope = slope * factor
             slope = slope.to(hidden.dtype)
             if need[0]:
-                of_hidden[r] += slope @ weight[c]
+                _add_product(of_hidden[r], slope, weight[c])
             if need[1]:
-                of_weight[c] += slope.T @ hidden[r]
+                _add_product(of_weight[c], slope.T, hidden[r])
             if need[2]:
                 of_bias[c] += slope.sum(0)
         grads = [None if g is None else g.to(hidden.dtype) for g in (of_hidden, of_weight, of_bias)]
         return *grads, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in one operation where dtypes allow it."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _in_forward_mode(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
