@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.activations import SiLUActivation
 
 import deltah as dh
+from deltah.taylor import second_derivatives
 
 BATCHED, CURVLINOPS, TWICE = "forward and backward", "curvlinops", "torch.autograd, twice"
 
@@ -93,9 +94,15 @@ def curvature(case: Case) -> Sides:
     def entropy_change() -> None:
         dh.entropy_change(policy, rollouts, problem.v, order=2)
 
+    def taylor() -> tuple[Tensor]:
+        with policy.forward_mode():
+            _, _, (second,), _ = second_derivatives(
+                lambda theta: ((problem.log_probs(theta).mean(),), None), problem.theta, problem.v)
+        return (second,)
+
     first = problem.along(lambda theta: problem.log_probs(theta).mean())
-    return {"deltah": lambda: problem.in_forward_mode(problem.along(first)),
-            "deltah, all of entropy_change": entropy_change,
+    return {"deltah": taylor, "deltah, all of entropy_change": entropy_change,
+            "nested forward mode": lambda: problem.in_forward_mode(problem.along(first)),
             CURVLINOPS: lambda: (-problem.curvlinops("HessianLinearOperator"),),
             TWICE: twice, BATCHED: lambda: forward_and_backward(policy, rollouts)}
 
@@ -133,9 +140,9 @@ def section(title: str, about: str, sides: Callable[[Case], Sides], **growth: An
 SECTIONS = {
     "curvature": section(
         "Second derivative of the mean log-prob",
-        "v^T (second derivative of the mean log-prob of the responses' tokens) v: nested forward mode, curvlinops' "
-        "`HessianLinearOperator`, and reverse mode twice. `entropy_change` of order 2 makes second derivatives of the "
-        "entropies as well, and the estimate with its standard error.",
+        "v^T (second derivative of the mean log-prob of the responses' tokens) v: Taylor series, nested forward mode, "
+        "curvlinops' `HessianLinearOperator`, and reverse mode twice. `entropy_change` of order 2 makes second "
+        "derivatives of the entropies as well, and the estimate with its standard error.",
         curvature, growth=SMALL, axes=AXES),
     "fisher": section(
         "Empirical Fisher matrix of the tokens",

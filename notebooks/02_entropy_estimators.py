@@ -183,7 +183,9 @@ ledger.holds("02.13", "2.2.4", "Var(S) = Var(S_RB) + Var(ΣD_k) + 2 Cov(S_RB, Σ
 # %%
 past = torch.stack([joint @ (H[:, :j].sum(1) * D[:, j]) for j in range(4)])
 future = torch.stack([joint @ (H[:, j:].sum(1) * D[:, j]) for j in range(4)])
-print("Cov with what came before:", past.abs().numpy().round(4), "  with what follows:", future.numpy().round(4))
+# Adding zero takes the sign off a rounded −0.
+print("Cov with what came before:", past.abs().numpy().round(4),
+      "  with what follows:", future.numpy().round(4) + 0.0)
 ledger.holds("02.14", "2.2.4", "E[(Σ_{k<j} H_k) D_j] = 0", measured=past.abs().max(), expected=0, tolerance=1e-12)
 ledger.refuted("02.15", "2.2.4", "E[(Σ_{k≥j} H_k) D_j] = 0", measured=future.abs().max(), expected=0, tolerance=0.01,
                counterexample="H_{j+1} depends on t_j: Σ_{k≥j} H_k is not F_j-measurable")

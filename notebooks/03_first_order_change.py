@@ -566,9 +566,9 @@ ledger.holds("03.33", "derived here", "for whole responses, −Cov_t(S, δ log �
 # %% [markdown]
 # ## 10 · The kernel of the shipped policy
 #
-# How far from diagonal is a trained transformer's kernel? One backward pass for each of the rollouts gives their
-# gradients, and the Gram matrix is $K$. "Diagonal" has to mean *the same response*: where the policy is sure of itself
-# a batch holds identical ones, and we count those as the diagonal too.
+# How far from diagonal is a trained transformer's kernel? `dh.fisher_kernel` takes $K$ from one backward pass over all
+# rollouts (chapter 08). "Diagonal" has to mean *the same response*: where the policy is sure of itself a batch holds
+# identical ones, and we count those as the diagonal too.
 
 # %%
 policy = dh.load_policy(model, device, dtype)
@@ -576,10 +576,9 @@ table = dh.load_problems(problems, "train").shuffle(seed=seed)
 B, G = min(prompts_in_batch, len(table) // 2), responses_per_prompt
 rollouts = dh.sample(policy, table.select(range(B)), G, max_new_tokens, seed=seed)
 A = dh.objectives.group_advantages(rollouts.rewards, rollouts.prompt_index, scale=False).to(policy.dtype)
-S = [dh.score(policy, rollouts.select(slice(i, i + 1))).log_probs.sum() for i in range(B * G)]
-w = torch.stack([flat_gradient(policy, s) for s in S])
-S, K = torch.stack(S).detach(), w @ w.T
-print(f"{B * G} rollouts, mean reward {rollouts.rewards.mean():.2f}, {w.shape[1]:,} parameters")
+S, K = dh.score(policy, rollouts).log_probs.sum(1), dh.fisher_kernel(policy, rollouts)
+parameters = sum(p.numel() for p in policy.parameters.values())
+print(f"{B * G} rollouts, mean reward {rollouts.rewards.mean():.2f}, {parameters:,} parameters")
 
 # %% [markdown]
 # To put the entries on one scale we divide by the lengths of the two gradients, which leaves their cosine. For a random
@@ -608,8 +607,8 @@ summary.round({"mean K": 1, "mean |cosine|": 2, "share of δ log π": 2})
 # %%
 sizes = summary["mean |cosine|"]
 ledger.refuted("03.34", "2.1", "as for a random w, K is nearly the identity (mean |cosine| inside a prompt)",
-               counterexample=f"{B * G} rollouts of a transformer with {w.shape[1]:,} parameters",
-               measured=sizes["same prompt"], expected=w.shape[1] ** -0.5, tolerance=0.1)
+               counterexample=f"{B * G} rollouts of a transformer with {parameters:,} parameters",
+               measured=sizes["same prompt"], expected=parameters**-0.5, tolerance=0.1)
 ledger.holds("03.35", "2.1", "K is blocky: entries between prompts are smaller than inside (excess of mean |cosine|)",
              measured=max(0.0, sizes["other prompts"] - sizes["same prompt"]), expected=0, tolerance=1e-9)
 ledger.refuted("03.36", "2.1", "K is diagonal: the share of δ log π that a response's own entry explains",
@@ -623,12 +622,11 @@ ledger.refuted("03.36", "2.1", "K is diagonal: the share of δ log π that a res
 
 # %%
 fresh = dh.sample(policy, table.select(range(2 * B)), G // 2, max_new_tokens, seed=seed + 1)
-v = A @ w / (B * G)
-S_fresh = [dh.score(policy, fresh.select(slice(i, i + 1))).log_probs.sum() for i in range(len(fresh))]
-shift_fresh = torch.stack([flat_gradient(policy, s) @ v for s in S_fresh])
-S_fresh = torch.stack(S_fresh).detach()
 direction = {name: torch.empty_like(p) for name, p in policy.parameters.items()}
-vector_to_parameters(v, direction.values())
+vector_to_parameters(flat_gradient(policy, S @ A / (B * G)), direction.values())
+with torch.no_grad():
+    S, S_fresh = (dh.score(policy, which).log_probs.sum(1) for which in (rollouts, fresh))
+shift_fresh = dh.fisher_kernel(policy, fresh, rollouts) @ A / (B * G)
 seen = fresh.prompt_index < B
 samples = {"the update's rollouts": (rollouts, S, shift), "fresh, same prompts": (
     fresh.select(seen), S_fresh[seen], shift_fresh[seen]), "fresh, other prompts": (

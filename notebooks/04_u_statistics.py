@@ -492,26 +492,21 @@ print(f"{len(rollouts)} rollouts, mean reward {rollouts.rewards.mean():.2f}, "
       f"{(A.view(B, G).abs().sum(1) == 0).sum()} of {B} groups without any advantage")
 
 # %% [markdown]
-# One backward pass for each response gives its gradient; a group's vectors are combinations of them. The product of a
-# group with itself, less the products of each response with itself, is what the naive statistic would add.
+# With the kernel of all responses, every product of two groups is a block of it between their weights. A group with
+# itself, less each response with itself, is what the naive statistic would add.
 
 # %%
-X, Y, Y_random, same_prompt = [], [], [], []
-for n in range(B):
-    mine = range(n * G, (n + 1) * G)
-    log_probs = [dh.score(policy, rollouts.select(slice(i, i + 1))).log_probs.sum() for i in mine]
-    group = torch.stack([flat_gradient(policy, log_prob) for log_prob in log_probs])
-    S_n, A_n = torch.stack(log_probs).detach(), A[mine.start:mine.stop].to(group)
-    x_n, y_n = (S_n - S_n.mean())[:, None] * group / (G - 1), A_n[:, None] * group / (G * max_new_tokens)
-    X.append(x_n.sum(0))
-    Y.append(y_n.sum(0))
-    Y_random.append(coins[mine.start:mine.stop].to(group) @ group / (G * max_new_tokens))
-    same_prompt.append((X[-1] @ Y[-1] - (x_n * y_n).sum()) * G / (G - 1))
-X, Y, Y_random, same_prompt = (torch.stack(parts).double() for parts in (X, Y, Y_random, same_prompt))
+with torch.no_grad():
+    S = dh.score(policy, rollouts).log_probs.sum(1).double().view(B, G)
+K = dh.fisher_kernel(policy, rollouts).double()
+x = ((S - S.mean(1, keepdim=True)) / (G - 1)).flatten()
+y, y_random = (weights.double() / (G * max_new_tokens) for weights in (A, coins))
+terms, at_coins = (x[:, None] * K * weights for weights in (y, y_random))
+shipped, random_products = (t.view(B, G, B, G).sum((1, 3)) for t in (terms, at_coins))
+same_prompt = (shipped.diagonal() - terms.diagonal().view(B, G).sum(1)) * G / (G - 1)
 
 # %%
-shipped = X @ Y.T
-statistic, at_random = dh.u_statistic(shipped), dh.u_statistic(X @ Y_random.T)
+statistic, at_random = dh.u_statistic(shipped), dh.u_statistic(random_products)
 inside = dh.Estimate.mean(same_prompt)
 naive = statistic.value + (G - 1) / (B * G - 1) * (inside.value - statistic.value)
 of_zeta_1 = 4 * statistic.zeta1 / B / statistic.variance

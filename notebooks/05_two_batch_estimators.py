@@ -334,29 +334,27 @@ advantages = dh.objectives.group_advantages(update.rewards, update.prompt_index,
 print(f"U: {B_U} prompts, mean reward {update.rewards.mean():.2f}; E: {B_E} prompts")
 
 # %%
-XU, YU = [], []
-for n in range(B_U):
-    own = slice(8 * n, 8 * n + 8)
-    S_n = dh.score(policy, update.select(own)).log_probs.sum(1)
-    XU.append(-flat_gradient(policy, (S_n.detach() - S_n.detach().mean()) @ S_n / 7))
-    YU.append(flat_gradient(policy, advantages[own].to(S_n) @ S_n / (8 * max_new_tokens)))
-XU, YU = torch.stack(XU), torch.stack(YU)
+with torch.no_grad():
+    S_U, S_E = (dh.score(policy, batch).log_probs.sum(1).double().view(-1, 8) for batch in (update, evaluation))
+y = (advantages.double() / (8 * max_new_tokens)).view(-1, 8)
+same_K, K = (dh.fisher_kernel(policy, batch, update).double() for batch in (update, evaluation))
 
 # %% [markdown]
-# Of batch E we keep inner products only: one row for each prompt, made from all its eight responses, and another made
-# from the first two.
+# With the kernel between two batches, all products $X_n\cdot Y_m$ are sums of its blocks (chapter 08 says how it comes
+# without holding gradients). Of batch E we make one row for each prompt from all its eight responses, and another from
+# the first two.
 
 # %%
-with_8, with_2, S_E = [], [], []
-for n in range(B_E):
-    S_n = dh.score(policy, evaluation.select(slice(8 * n, 8 * n + 8))).log_probs.sum(1)
-    for q, rows in ((S_n, with_8), (S_n[:2], with_2)):
-        rows.append(-flat_gradient(policy, (q.detach() - q.detach().mean()) @ q / (len(q) - 1)) @ YU.T)
-    S_E.append(S_n.detach())
-with_8, with_2, S_E = (torch.stack(kept).double().cpu() for kept in (with_8, with_2, S_E))
+found = []
+for S_n, kernel in ((S_U, same_K), (S_E, K), (S_E[:, :2], K.view(B_E, 8, -1)[:, :2])):
+    count, size = S_n.shape
+    x = -(S_n - S_n.mean(1, keepdim=True)) / (size - 1)
+    found.append(torch.einsum("ng,ngmh,mh->nm", x, kernel.view(count, size, B_U, 8), y).cpu())
+same, with_8, with_2 = found
+S_E = S_E.cpu()
 
 # %%
-same, ustat = (XU @ YU.T).double(), dh.u_statistic(XU @ YU.T)
+ustat = dh.u_statistic(same)
 fit = dh.two_sample_product(with_8)
 print(f"one batch, X̄·Ȳ with the diagonal:   {same.mean():.3f}\n"
       f"one batch, U-statistic:             {ustat}\n"

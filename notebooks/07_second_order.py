@@ -187,7 +187,7 @@ ledger.holds("07.4", "2.6", "∂H = E[Σ H_k ∂S + ∂H_k] (largest gap, relati
 #    Q_k=\nabla_v^2S_k+s_k^2+2s_ks_{<k}. $$
 #
 # A baseline multiplies the whole of $Q_k$, whose mean is zero given the tokens before; its single terms have other
-# means. All derivatives along $v$, of all tokens, come from one pass in nested forward mode.
+# means. All derivatives along $v$, of all tokens, come from one pass that carries Taylor series.
 
 # %%
 scored, own = partial(dh.score, tiny, responses), tiny.shifted(v, 0.0)

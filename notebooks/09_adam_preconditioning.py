@@ -623,9 +623,11 @@ print(f"share of parameters with √v below ε: {float((inverse < 2 * epsilon).d
 # compared as cosines, since the scale of $P$ is a matter of the learning rate; identical responses are left out.
 
 # %%
-sampled = [(update, slice(i, i + 1)) for i in range(24)] + [(evaluation, slice(i, i + 1)) for i in range(24)]
-w = torch.stack([flat_gradient(policy, dh.score(policy, batch.select(row)).log_probs.sum()) for batch, row in sampled])
-K = {"plain": w @ w.T, "preconditioned": (w * P) @ w.T}
+from_U, from_E, K = update.select(slice(24)), evaluation.select(slice(24)), {}
+for name, shape in (("plain", None), ("preconditioned", direction.preconditioner)):
+    within_U, between, within_E = (dh.fisher_kernel(policy, a, b, shape) for a, b in (
+        (from_U, None), (from_U, from_E), (from_E, None)))
+    K[name] = torch.cat([torch.cat([within_U, between], 1), torch.cat([between.T, within_E], 1)])
 cosine = {name: (k / k.diagonal().sqrt()[:, None] / k.diagonal().sqrt()).cpu() for name, k in K.items()}
 in_U = torch.arange(48) < 24
 group = torch.where(in_U, torch.arange(48) // 8, -1)

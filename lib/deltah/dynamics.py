@@ -28,6 +28,7 @@ from deltah.estimates import Estimate
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import batches, in_batches, score_batch, weighted_gradient
+from deltah.taylor import second_derivatives
 from deltah.updates import Direction
 
 
@@ -186,13 +187,6 @@ def _derivatives(policy: Policy, rollouts: Rollouts, direction: Direction | Mapp
     v = {name: x.detach().to(parameters[name]) for name, x in v.items() if x.any()}
     moving = {name: parameters[name] for name in v}
 
-    def along(function):
-        # The hidden states ride along, undifferentiated.
-        def differentiated(theta):
-            values, tangents, hidden = torch.func.jvp(function, (theta,), (v,), has_aux=True)
-            return (values, tangents), hidden
-        return differentiated
-
     def one_batch(batch: Rollouts) -> list[Tensor]:
         def scored(theta):
             scores, hidden = score_batch(policy, batch, parameters | theta)
@@ -202,10 +196,11 @@ def _derivatives(policy: Policy, rollouts: Rollouts, direction: Direction | Mapp
             (_, h), hidden = scored({})
             values = [h] + [torch.zeros_like(h)] * (2 * order)
         elif order == 1:
-            ((_, h), tangents), hidden = along(scored)(moving)
+            # The hidden states ride along, undifferentiated.
+            (_, h), tangents, hidden = torch.func.jvp(scored, (moving,), (v,), has_aux=True)
             values = [h, *tangents]
         else:
-            (((_, h), tangents), (_, curvatures)), hidden = along(along(scored))(moving)
+            (_, h), tangents, curvatures, hidden = second_derivatives(scored, moving, v)
             values = [h, *tangents, *curvatures]
         return values + [hidden] * (baseline == "regression")
 

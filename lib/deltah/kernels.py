@@ -85,10 +85,13 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
             if others is None:
                 kernel[first[:, None], first] = _products(of_first, of_first, scale, (len(first), len(first)))
             for second in row:
-                of_second = _gradients(policy, right.select(second), scale, batch_size, progress)
-                kernel[first[:, None], second] = _products(of_first, of_second, scale, (len(first), len(second)))
+                kernel[first[:, None], second] = _products(
+                    of_first, _gradients(policy, right.select(second), scale, batch_size, progress), scale,
+                    (len(first), len(second)))
                 if others is None:
                     kernel[second[:, None], first] = kernel[first[:, None], second].T
+            # Before the next block's come.
+            del of_first
     wrong = ~torch.isfinite(kernel).all(1)
     if wrong.any():
         raise ValueError(f"policy: the kernel is NaN or infinite, first in row {int(wrong.nonzero()[0])}")

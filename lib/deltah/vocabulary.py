@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 # Entries of a tile: a processor's cache; on a GPU a 32nd of the logits, within bounds that keep it busy.
 TILE_ON_CPU, TILE_ON_GPU = 2**20, (2**22, 2**26)
@@ -79,6 +80,11 @@ def linear_log_probs_and_entropies(hidden: Tensor, weight: Tensor, targets: Tens
     for name, value in (("temperature", temperature), ("soft_cap", soft_cap)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}: expected a positive number, got {value}")
+    tensors = hidden, weight, bias
+    if has_torch_function(tensors):
+        # For `jets`, which have a form of their own for it.
+        return handle_torch_function(linear_log_probs_and_entropies, tensors, hidden, weight, targets, temperature,
+                                     bias, scale, soft_cap)
     # A custom function has no forward mode that can be nested.
     function = _in_forward_mode if forward_ad._current_level >= 0 else LogProbsAndEntropies.apply
     log_probs, entropies, *_ = function(hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1),

@@ -1,0 +1,374 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTJConfig,
+    GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
+    Lfm2Config,
+    MistralConfig,
+    MixtralConfig,
+    MptConfig,
+    NemotronConfig,
+    Olmo2Config,
+    OPTConfig,
+    PhiConfig,
+    StableLmConfig,
+    Starcoder2Config,
+)
+
+import deltah as dh
+from conftest import CONFIGS, SMALL, build_model
+from deltah import jets, taylor, vocabulary
+from deltah.scoring import score_batch
+from test_updates import low_rank_policy
+
+V = 37
+WIDE = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
+MORE = {
+    "gpt_neox": lambda: GPTNeoXConfig(vocab_size=V, **WIDE),
+    "opt": lambda: OPTConfig(vocab_size=V, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                             max_position_embeddings=128, word_embed_proj_dim=32),
+    "falcon": lambda: FalconConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "phi": lambda: PhiConfig(vocab_size=V, **SMALL),
+    "gemma2": lambda: Gemma2Config(vocab_size=V, head_dim=8, sliding_window=4, **SMALL),
+    "gemma3": lambda: Gemma3TextConfig(vocab_size=V, head_dim=8, sliding_window=4,
+                                       layer_types=["sliding_attention", "full_attention"], **SMALL),
+    "mistral": lambda: MistralConfig(vocab_size=V, head_dim=8, sliding_window=4, **SMALL),
+    "granite": lambda: GraniteConfig(vocab_size=V, logits_scaling=3.0, residual_multiplier=0.7, **SMALL),
+    "cohere": lambda: CohereConfig(vocab_size=V, use_qk_norm=True, **SMALL),
+    "olmo2": lambda: Olmo2Config(vocab_size=V, **SMALL),
+    "gptj": lambda: GPTJConfig(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4),
+    "mixtral": lambda: MixtralConfig(vocab_size=V, num_local_experts=4, **SMALL),
+    "gpt_oss": lambda: GptOssConfig(vocab_size=V, head_dim=8, num_local_experts=4, num_experts_per_tok=2, **SMALL),
+    "lfm2": lambda: Lfm2Config(vocab_size=V, layer_types=["conv", "full_attention"], **SMALL),
+    "nemotron": lambda: NemotronConfig(vocab_size=V, head_dim=8, **SMALL),
+    "starcoder2": lambda: Starcoder2Config(vocab_size=V, **SMALL),
+    "stablelm": lambda: StableLmConfig(vocab_size=V, **SMALL),
+    "mpt": lambda: MptConfig(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=128),
+    "bloom": lambda: BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4),
+}
+
+
+def build(name):
+    """In float64 throughout, with attention written out."""
+    if name in CONFIGS:
+        return dh.exact.exact_policy(build_model(name, V))
+    torch.manual_seed(0)
+    config = MORE[name]()
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
+    return dh.exact.exact_policy(model)
+
+
+def rollouts_for(count=3, prompt=4, response=5, seed=0, size=V):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, size, (count, prompt + response), generator=generator)
+    prompts = torch.arange(prompt) >= torch.arange(count)[:, None] % prompt
+    lengths = torch.randint(1, response + 1, (count, 1), generator=generator)
+    lengths[0] = response
+    responses = torch.arange(response) < lengths
+    return dh.Rollouts(ids, torch.cat([prompts, responses], 1), responses, torch.arange(count), temperature=1.3)
+
+
+def random_direction(policy, only="", seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(p.shape, dtype=p.dtype, generator=generator) * 0.1
+            for name, p in policy.parameters.items() if only in name}
+
+
+def by(how, policy, rollouts, v):
+    """Values and derivatives by jets, or by nested forward mode of the scores as they are."""
+    theta = {name: p.detach() for name, p in policy.parameters.items()}
+    with policy.forward_mode(), torch.enable_grad():
+        return how(lambda moved: score_batch(policy, rollouts, theta | moved), {name: theta[name] for name in v}, v)
+
+
+def assert_same(found, expected, tolerance=1e-9):
+    for order in range(3):
+        for x, y in zip(found[order], expected[order], strict=True):
+            assert type(x) is torch.Tensor and x.dtype == y.dtype
+            scale = float(y.abs().max()) or 1.0
+            error = float((x - y).abs().max()) / scale
+            assert error < tolerance, f"order {order}: relative error {error:.1e}"
+
+
+def assert_backward_passes_agree(found, policy, rollouts, v):
+    """Random sums over the tokens of the log-probs, and of the entropies, against two backward passes each."""
+    eta = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    theta = {name: p.detach() + eta * v[name] if name in v else p.detach() for name, p in policy.parameters.items()}
+    with policy.forward_mode(), torch.enable_grad():
+        for i, x in enumerate(score_batch(policy, rollouts, theta)[0]):
+            weights = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(i))
+            first, = torch.autograd.grad((weights * x).sum(), eta, create_graph=True)
+            second, = torch.autograd.grad(first, eta, retain_graph=True)
+            for order, expected in ((1, first), (2, second)):
+                terms = weights * found[order][i]
+                scale = float(terms.abs().sum())
+                assert float(terms.sum()) == pytest.approx(float(expected.detach()), rel=1e-9, abs=1e-9 * scale)
+
+
+FAST = sorted({*CONFIGS, *MORE} - {"bloom"})
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_real_models_take_the_fast_path_and_are_exact(name):
+    policy, rollouts = build(name), rollouts_for()
+    v = random_direction(policy)
+    found = by(taylor._by_jets, policy, rollouts, v)
+    assert_same(found, by(taylor._nested, policy, rollouts, v))
+    assert_backward_passes_agree(found, policy, rollouts, v)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", "mistral", "gpt_neox", "phi"])
+def test_fused_attention(name):
+    """Also with heads that share keys, and windows."""
+    policy, rollouts = build(name), rollouts_for()
+    policy.model.set_attn_implementation("sdpa")
+    v = random_direction(policy)
+    assert_same(by(taylor._by_jets, policy, rollouts, v), by(taylor._nested, policy, rollouts, v))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "qwen3_moe", "lfm2", "phi", "gemma2"])
+def test_some_parameters_move(name):
+    policy, rollouts, seen = build(name), rollouts_for(), 0
+    for only in ("bias", "norm", "ln_", "layers.1", "h.1", "embed", "wte", "wpe", "lm_head", "lm_head.bias",
+                 "experts", "conv", "gate"):
+        v = random_direction(policy, only)
+        if v:
+            # What experts write into is not known to move where nothing before them does.
+            how = taylor.second_derivatives if only in ("experts", "gate") else taylor._by_jets
+            found = by(how, policy, rollouts, v)
+            assert any(x.any() for x in found[1])
+            assert_same(found, by(taylor._nested, policy, rollouts, v))
+            seen += 1
+    assert seen >= 3
+
+
+def test_adapters():
+    policy = low_rank_policy(V)
+    policy = dh.exact.exact_policy(policy.model)
+    v, rollouts = random_direction(policy), rollouts_for()
+    assert len(v) == 8
+    found = by(taylor._by_jets, policy, rollouts, v)
+    assert_same(found, by(taylor._nested, policy, rollouts, v))
+    assert_backward_passes_agree(found, policy, rollouts, v)
+
+
+def test_what_has_no_forward_mode_says_so():
+    policy, rollouts = build("bloom"), rollouts_for()
+    v = random_direction(policy)
+    with pytest.raises(jets.Refused):
+        by(taylor._by_jets, policy, rollouts, v)
+    with pytest.raises(RuntimeError, match="functorch"):
+        by(taylor.second_derivatives, policy, rollouts, v)
+
+
+class Hidden(torch.autograd.Function):
+    """Twice the cube, with derivatives of its own that are not those of the cube."""
+
+    @staticmethod
+    def forward(x):
+        return 2 * x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent
+
+
+class Identity(Hidden):
+    @staticmethod
+    def forward(x):
+        return x.view_as(x)
+
+
+def without_grad(x):
+    with torch.no_grad():
+        return x * 2
+
+
+def written(x):
+    """Into views, of what has been computed from it as well."""
+    y = x * 2
+    half = y[..., :16]
+    z = half.sin()
+    half.mul_(z).add_(x[..., 16:])
+    y[:, 0] = x[:, 1]
+    y[..., 3:5] *= y[..., 5:7]
+    return y.clone().masked_fill_(x > 1, 0.3) + F.pad(z, (0, 16))
+
+
+def collected(x):
+    """From rows written into a tensor made for them."""
+    out = torch.zeros_like(x)
+    rows = torch.tensor([0, 2])
+    out.index_add_(1, rows, x[:, rows] ** 3)
+    out[:, 1] = x[:, 1].exp()
+    out[:, 3:].copy_(x[:, 3:])
+    return out
+
+
+def attended(x):
+    """With masks of every kind, one that leaves a row nothing, heads that share keys, and a mask that moves."""
+    q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+    k, steps = q[:, ::2], x.shape[1]
+    mask = torch.ones(steps, steps, dtype=torch.bool).tril()
+    call = F.scaled_dot_product_attention
+    out = (call(q, k, k, is_causal=True, enable_gqa=True) + call(q, k, 2 * k, mask, scale=0.3, enable_gqa=True)
+           + call(q, q, q, mask & (torch.arange(steps) > 0)) + call(q, q, q, q @ q.mT)
+           + call(q, q, q, torch.randn(steps, steps, dtype=x.dtype, generator=torch.Generator().manual_seed(0)))
+           + call(q.flatten(0, 1), q.flatten(0, 1), q.flatten(0, 1)).view(q.shape))
+    return x + out.transpose(1, 2).flatten(-2)
+
+
+def swapped(x):
+    y = x * 1
+    y.data = x * 2
+    return y
+
+
+def transposed(x):
+    y = x.clone()
+    seen = y.view(-1)
+    y.transpose_(1, 2)
+    return seen.view(x.shape) + y.transpose(1, 2)
+
+
+CALLS = {
+    # A function of hidden states [n, T, 32], and whether jets know it.
+    "custom function": (Hidden.apply, False),
+    "custom identity": (Identity.apply, False),
+    "no grad": (lambda x: x + without_grad(x), False),
+    "inference mode": (lambda x: x + torch.inference_mode()(without_grad)(x).clone(), False),
+    "number": (lambda x: x * float(x.max()), False),
+    "outside PyTorch": (lambda x: x + torch.from_numpy(x.detach().numpy()), False),
+    "plain buffer": (lambda x: torch.zeros(x.shape).double().index_add_(1, torch.tensor([0]), x[:, :1]) + x, False),
+    "written after detach": (lambda x: x + x.detach().mul_(2), False),
+    "turned in place": (transposed, False),
+    "data replaced": (swapped, False),
+    "attention": (attended, True),
+    "random": (lambda x: x * torch.bernoulli(x.sigmoid()), False),
+    "detach": (lambda x: x * x.detach() + x.data, True),
+    "written": (written, True),
+    "collected": (collected, True),
+    "in place": (lambda x: x.clone().mul_(2).add_(1).pow_(3).neg_(), True),
+    "norms": (lambda x: F.rms_norm(x, (32,)) + F.normalize(x, dim=-1) + F.layer_norm(x, (32,)) + x.norm(), True),
+    "means": (lambda x: x - x.mean() + x.var(-1, keepdim=True) + x.logsumexp(-1, keepdim=True), True),
+    "divided": (lambda x: x / (2 + x.square()) + 3 / (2 + x.abs()) - (x / 3) + torch.div(x, 2.0) + (1 - x), True),
+    "functions": (lambda x: F.silu(x) + F.gelu(x) * F.gelu(x, approximate="tanh") + x.tanh() * x.sigmoid().exp()
+                  + F.relu(x) * F.softplus(x) + F.elu(x).sin() * (x * x + 1).rsqrt() + F.hardtanh(x) + x**3 * 2**x
+                  + F.relu(x).square() + F.leaky_relu(x) + F.mish(x) + (x * x + 1) ** -0.5 + x.erf() + x.cos(), True),
+    "softmaxes": (lambda x: x.softmax(-1) + x.log_softmax(1) + F.softmax(x, 0, dtype=torch.float64), True),
+    "largest": (lambda x: (x.topk(3, -1).values.sum(-1, keepdim=True) + x.sort(-1, descending=True).values
+                           + x.max(-1, keepdim=True).values * x.min(1).values[:, None] + x.amax(-1, keepdim=True)
+                           + torch.maximum(x, -x) + x.clamp(-1, 0.5)), True),
+    "rearranged": (lambda x: torch.cat([x[..., 16:], -x[..., :16]], -1) + x.flip(-1) * x.roll(1, 0) + x.cumsum(1)
+                   + torch.stack([x, x * x]).sum(0) + x.repeat(1, 1, 2)[..., 5:37] + x.unfold(-1, 4, 4).reshape(x.shape)
+                   + torch.where(x > 0, x, 0.1 * x) + torch.where(x > 0, 1.0, x) + x.tril() + x.chunk(2, -1)[1].tile(2)
+                   + x.index_select(2, torch.arange(31, -1, -1)) + x.repeat_interleave(2, -1)[..., ::2]
+                   + x.masked_fill(x > 1, 0.3) + F.pad(x, (1, 0), value=2.0)[..., 1:] + x.float().double() + 1, True),
+    "products": (lambda x: torch.einsum("nti,nsi->nts", x, x) @ x / 32 + (x @ x[0, :1].mT) + x[0, 0].dot(x[1, 1]) * x
+                 + torch.outer(x[0, 0], x[0, 1])[:1] + x.matmul(x[1, 2])[..., None] + torch.addcmul(x, x, x.sin())
+                 + torch.lerp(x, x.sin(), 0.3), True),
+    "convolved": (lambda x: F.conv1d(x.mT, x[:1, :1, :3].expand(32, 1, 3) * 1, x[0, 0], padding=1, groups=32).mT, True),
+    "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (16, 2)))
+                                             * torch.polar(torch.ones(16), torch.arange(16.0)).to(torch.complex128)
+                                             ).flatten(-2), True),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(CALLS))
+def test_whatever_a_model_calls(kind):
+    """Right, or refused."""
+    function, known = CALLS[kind]
+    policy, rollouts = build("llama"), rollouts_for()
+    assert policy._scaling
+    layer = policy.model.model.layers[0].mlp.down_proj
+    forward = layer.forward
+    layer.forward = lambda x: function(forward(x))
+    v = random_direction(policy)
+    torch.manual_seed(0)
+    try:
+        expected = by(taylor._nested, policy, rollouts, v)
+    except Exception:
+        # What nested forward mode has no way with either must not be answered.
+        with pytest.raises(Exception):  # noqa: B017
+            by(taylor.second_derivatives, policy, rollouts, v)
+        assert not known
+        return
+    if known:
+        found = by(taylor._by_jets, policy, rollouts, v)
+        if kind != "written":
+            # Which a backward pass does not allow.
+            assert_backward_passes_agree(found, policy, rollouts, v)
+        if kind == "detach":
+            # Nested forward mode holds what is detached still in the first derivative, but not in the second.
+            return
+        assert_same(found, expected)
+    else:
+        with pytest.raises((jets.Refused, RuntimeError)):
+            by(taylor._by_jets, policy, rollouts, v)
+    torch.manual_seed(0)
+    if kind != "random":
+        assert_same(by(taylor.second_derivatives, policy, rollouts, v), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("tile", [2**20, 60])
+def test_vocabulary_in_tiles(bias, soft_cap, tile, monkeypatch):
+    monkeypatch.setattr(vocabulary, "TILE_ON_CPU", tile)
+    monkeypatch.setattr(vocabulary, "ROWS_ON_CPU", 4)
+    torch.manual_seed(0)
+    shapes = {"h": (2, 5, 8), "w": (50, 8), "b": (50,)}
+    theta, v = ({name: torch.randn(s, dtype=torch.float64) for name, s in shapes.items()} for _ in range(2))
+    theta["b"][7] = -math.inf
+    targets = torch.randint(8, 50, (2, 5))
+
+    def function(p):
+        h, w, b = p["h"].sin(), p["w"].sin(), p["b"] if bias else None
+        return dh.linear_log_probs_and_entropies(h, w, targets, 1.3, b, 0.7, soft_cap), h
+
+    assert_same(taylor._by_jets(function, theta, v), taylor._nested(function, theta, v), 1e-12)
+
+
+def test_float32_and_bfloat16(shipped):
+    rollouts = rollouts_for(count=4, response=12, size=434)
+    exact = dh.exact.exact_policy(dh.load_policy(shipped.model.config._name_or_path, "cpu").model)
+    v = random_direction(exact)
+    expected = [[x.float() for x in order] for order in by(taylor._by_jets, exact, rollouts, v)[:3]]
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
+        policy = dh.load_policy(shipped.model.config._name_or_path, "cpu", dtype)
+        moved = {name: x.to(dtype) for name, x in v.items()}
+        assert_same(by(taylor._by_jets, policy, rollouts, moved), expected, tolerance)
+
+
+def test_the_model_is_left_as_it_was(shipped):
+    rollouts = rollouts_for(count=2, size=434)
+    before = {name: p.clone() for name, p in shipped.model.state_dict().items()}
+    v = random_direction(shipped)
+    kept = {name: x.clone() for name, x in v.items()}
+    *_, hidden = by(taylor.second_derivatives, shipped, rollouts, v)
+    assert type(hidden) is torch.Tensor and not hidden.requires_grad
+    assert all(torch.equal(before[name], p) for name, p in shipped.model.state_dict().items())
+    assert all(torch.equal(kept[name], x) for name, x in v.items())
