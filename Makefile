@@ -55,7 +55,7 @@ sync: $(READY)
 
 # A terminal shows how far it is: `make bench` takes half an hour.
 bench: $(BENCH_READY)
-	@$(filter-out TQDM_DISABLE=1,$(QUIET)) $(BENCH_PYTHON) benchmarks/run.py $(if $(ONLY),--only $(ONLY)) \
+	@$(filter-out TQDM_DISABLE=1,$(QUIET)) $(BENCH_PYTHON) benchmarks/compare.py $(if $(ONLY),--only $(ONLY)) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(DEVICE),--device $(DEVICE)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 # --no-deps: the list is complete, and some of its packages ask for a torchvision that they use in examples only.

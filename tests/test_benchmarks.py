@@ -20,7 +20,7 @@ def benchmark(monkeypatch):
 
 
 def tiny(benchmark, subject, results, *more):
-    return benchmark("run").main(["--only", subject, "--device", "cpu", "--size", "tiny", "--rounds", "1", "--threads",
+    return benchmark("compare").main(["--only", subject, "--device", "cpu", "--size", "tiny", "--rounds", "1", "--threads",
                                   str(torch.get_num_threads()), "--results", str(results), *more])
 
 

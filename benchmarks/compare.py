@@ -1,6 +1,6 @@
 """Run the benchmarks: what `make bench` does.
 
-    python benchmarks/run.py [--only scoring kernel] [--device cuda] [--model FOLDER_OR_HUB_ID] [--rounds 5]
+    python benchmarks/compare.py [--only scoring kernel] [--device cuda] [--model FOLDER_OR_HUB_ID] [--rounds 5]
 
 Each subject leaves a page, its numbers and a figure in results/bench/, and index.md gathers what was to be reached.
 The exit status is 1 where two sides give different numbers.
