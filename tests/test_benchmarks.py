@@ -20,8 +20,9 @@ def benchmark(monkeypatch):
 
 
 def tiny(benchmark, subject, results, *more):
-    return benchmark("compare").main(["--only", subject, "--device", "cpu", "--size", "tiny", "--rounds", "1", "--threads",
-                                  str(torch.get_num_threads()), "--results", str(results), *more])
+    return benchmark("compare").main([
+        "--only", subject, "--device", "cpu", "--size", "tiny", "--rounds", "1",
+        "--threads", str(torch.get_num_threads()), "--results", str(results), *more])
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
