@@ -126,7 +126,8 @@ def _ridge(moments: Tensor, penalty: float, count: int) -> Tensor:
     # A feature that does not vary is penalised a little still, so that there is one solution.
     ridge = penalty * variances + 1e-9 * diagonal + 1e-300
     ridge[:, 0] = 1e-12 * diagonal[:, 0] + 1e-300
-    return torch.linalg.solve(gram + torch.diag_embed(ridge), cross)
+    # Not by `solve`: MKL's batched LU of more than 200 features never returns with two threads.
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + torch.diag_embed(ridge)))
 
 
 def _losses(moments: Tensor, coefficients: Tensor) -> Tensor:
