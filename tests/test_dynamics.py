@@ -10,6 +10,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 import deltah as dh
 from conftest import CONFIGS, build_model
 from deltah import dynamics
+from deltah.baselines import _ridge
 from test_updates import low_rank_policy, rollouts_for
 
 PROMPTS = [[0], [1, 2, 0], [2, 2]]
@@ -256,3 +257,14 @@ def test_critical_learning_rate_covers_with_correlated_derivatives(monkeypatch):
         low, high = dh.critical_learning_rate(change(first), change(second)).interval()
         covered += low <= truth <= high
     assert 0.93 <= covered / 1000 <= 0.97
+
+
+def test_ridge_regressions_of_many_features_end():
+    """A batch of LU decompositions of this size does not, with MKL and two threads."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(10, 400, 300, dtype=torch.float64, generator=generator)
+    x[..., 0] = 1.0
+    y = torch.randn(10, 400, 2, dtype=torch.float64, generator=generator)
+    rows = torch.cat([x, y], 2)
+    fits = _ridge(rows.transpose(1, 2) @ rows, 0.0, count=2)
+    torch.testing.assert_close(fits, torch.linalg.lstsq(x, y).solution, atol=1e-6, rtol=1e-6)
