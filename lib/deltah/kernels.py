@@ -75,9 +75,9 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
     scale = _checked(policy, preconditioner)
     kernel = torch.zeros(len(left), len(right), dtype=torch.float64, device=policy.device)
     size = _block_size(policy, left, right)
-    rows = _blocks(left, size)
+    rows, across = batches(policy, left, size), batches(policy, right, size)
     # A single set's blocks have met those before them.
-    columns = [rows[a + 1:] if others is None else _blocks(right, size) for a in range(len(rows))]
+    columns = [rows[a + 1:] if others is None else across for a in range(len(rows))]
     total = sum(len(first) + sum(map(len, row)) for first, row in zip(rows, columns, strict=True))
     with tqdm(total=total, desc="kernel", unit="rollout", leave=False, delay=1) as progress:
         for first, row in zip(rows, columns, strict=True):
@@ -134,6 +134,7 @@ def fisher_sketch(policy: Policy, rollouts: Rollouts, dimension: int = 4096,
     for name, p in (scale or {}).items():
         if (p < 0).any():
             raise ValueError(f"preconditioner[{name!r}]: expected numbers ≥ 0, to take roots of, got {float(p.min())}")
+    roots = None if scale is None else {name: p.sqrt() for name, p in scale.items()}
     kind = torch.promote_types(policy.dtype, torch.float32)
     sketch = torch.zeros(len(samples), dimension, dtype=kind, device=policy.device)
     most = FORMED // HASHED if batch_size is None else min(batch_size, FORMED // HASHED)
@@ -142,9 +143,8 @@ def fisher_sketch(policy: Policy, rollouts: Rollouts, dimension: int = 4096,
             part = torch.zeros(len(rows), dimension, dtype=kind, device=policy.device)
 
             def receive(gradient: SampleGradient, part=part) -> None:
-                if scale is None or gradient.name in scale:
-                    root = None if scale is None else scale[gradient.name].sqrt()
-                    part += _hashed(gradient, root, dimension, seed)
+                if roots is None or gradient.name in roots:
+                    part += _hashed(gradient, None if roots is None else roots[gradient.name], dimension, seed)
 
             sample_gradients(policy, samples.select(rows), receive)
             sketch[rows] = part
@@ -200,11 +200,6 @@ def _block_size(policy: Policy, left: Rollouts, right: Rollouts) -> int:
     return max(1, most if left is right and len(left) <= most else most // 2)
 
 
-def _blocks(rollouts: Rollouts, size: int) -> list[Tensor]:
-    """Row indices of blocks of similar length."""
-    return list(rollouts.attention_mask.sum(1).argsort(stable=True).split(size))
-
-
 # The gradients of one parameter, in parts with the rows that each is of; and of all, by name and slice.
 Parts = list[tuple[Tensor, SampleGradient]]
 Gradients = dict[tuple[str, int | None], Parts]
@@ -227,7 +222,7 @@ def _products(left: Gradients, right: Gradients, scale: Mapping[str, Tensor] | N
     """Σ_α P_α G_iα G_jα in float64."""
     total = 0.0
     for key in left.keys() & right.keys():
-        # Of a lookup, only the rows that both have looked up.
+        # Of lookups, only the rows that the first have looked up.
         rows = None
         if all(gradient.is_lookup for _, gradient in left[key] + right[key]):
             rows = torch.cat([gradient.looked_up() for _, gradient in left[key]]).unique()

@@ -207,12 +207,12 @@ class _Watch(TorchFunctionMode):
             return None
         return copies.view(len(copies), *(1,) * (x.ndim - 1 - size), *copies.shape[1:])
 
-    def use(self, out: Tensor, **factors: tuple[Tensor, Callable[[Tensor], Factors]]) -> Tensor:
+    def use(self, out: Tensor, *uses: tuple[Tensor, Callable[[Tensor], Factors]]) -> Tensor:
         """Have the factors of each watched parameter made of the gradient with respect to `out`, once it is there."""
         root = not out.requires_grad
         if root:
             self.roots.append(out.requires_grad_())
-        for parameter, make in factors.values():
+        for parameter, make in uses:
             key = self.watched[parameter].key
             self.pending[key] += 1
             out.register_hook(functools.partial(self._arrive, key, make))
@@ -319,9 +319,8 @@ def _product(watch: _Watch, x: Tensor, weight: Tensor, bias: Tensor | None, tran
     def of_bias(gradient):
         return Formed(order(gradient).to(kind).sum(1)[..., None])
 
-    uses = {"weight": (weight, of_weight), "bias": (bias, of_bias)}
-    return watch.use(out, **{name: (p, make) for name, (p, make) in uses.items()
-                             if p is not None and p in watch.watched})
+    uses = (weight, of_weight), (bias, of_bias)
+    return watch.use(out, *((p, make) for p, make in uses if p is not None and p in watch.watched))
 
 
 def _embedding(watch: _Watch, func, ids: Tensor, weight: Tensor, padding_idx: int | None = None,
@@ -339,7 +338,7 @@ def _embedding(watch: _Watch, func, ids: Tensor, weight: Tensor, padding_idx: in
         right = order(gradient).to(_kind(gradient))
         return Lookup(rows, right if padding_idx is None else right * (rows != padding_idx)[..., None])
 
-    return watch.use(F.embedding(ids, weight.detach()), weight=(weight, of_weight))
+    return watch.use(F.embedding(ids, weight.detach()), (weight, of_weight))
 
 
 def _elementwise(watch: _Watch, func, a: Any, b: Any, **kwargs) -> Any:

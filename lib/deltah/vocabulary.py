@@ -1,8 +1,7 @@
 """From hidden states and the output layer straight to log-probs and entropies; the logits [R, V] never exist.
 
 The vocabulary is gone through in tiles of rows and columns that stay in the processor's cache. Forward keeps a running
-maximum, normaliser and Σ e^z z of each row; backward and forward mode compute a tile's logits again. With logits z and
-p = softmax(z)
+maximum, normaliser and Σ e^z z of each row; backward computes a tile's logits again. With logits z and p = softmax(z)
 
     log p_t = z_t − log Σ e^z,    ∂ log p_t = ∂z_t − Σ p ∂z,    H = log Σ e^z − Σ p z,    ∂H = −Σ p (log p + H) ∂z.
 """
@@ -82,7 +81,7 @@ def linear_log_probs_and_entropies(hidden: Tensor, weight: Tensor, targets: Tens
             raise ValueError(f"{name}: expected a positive number, got {value}")
     tensors = hidden, weight, bias
     if has_torch_function(tensors):
-        # For `jets`, which have a form of their own for it.
+        # For `taylor`, which has a form of its own for it.
         return handle_torch_function(linear_log_probs_and_entropies, tensors, hidden, weight, targets, temperature,
                                      bias, scale, soft_cap)
     # A custom function has no forward mode that can be nested.
