@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.activations import SiLUActivation
 
 import deltah as dh
-from deltah.taylor import second_derivatives
+from deltah.taylor import derivatives_along
 
 BATCHED, CURVLINOPS, TWICE = "forward and backward", "curvlinops", "torch.autograd, twice"
 
@@ -96,8 +96,8 @@ def curvature(case: Case) -> Sides:
 
     def taylor() -> tuple[Tensor]:
         with policy.forward_mode():
-            _, _, (second,), _ = second_derivatives(
-                lambda theta: ((problem.log_probs(theta).mean(),), None), problem.theta, problem.v)
+            _, _, (second,), _ = derivatives_along(
+                lambda theta: ((problem.log_probs(theta).mean(),), None), problem.theta, problem.v, order=2)
         return (second,)
 
     first = problem.along(lambda theta: problem.log_probs(theta).mean())
@@ -119,8 +119,15 @@ def fisher(case: Case) -> Sides:
             (slopes,) = torch.autograd.grad(problem.along_gradient((u * log_probs).sum()), u)
         return (slopes.square().mean(),)
 
+    def taylor() -> tuple[Tensor]:
+        with policy.forward_mode():
+            _, (slopes,), _ = derivatives_along(
+                lambda theta: ((problem.log_probs(theta),), None), problem.theta, problem.v, order=1)
+        return (slopes.square().mean(),)
+
     slopes = problem.along(problem.log_probs)
-    return {"deltah": lambda: problem.in_forward_mode(lambda theta: slopes(theta).square().mean()),
+    return {"deltah": taylor,
+            "forward mode": lambda: problem.in_forward_mode(lambda theta: slopes(theta).square().mean()),
             CURVLINOPS: lambda: (problem.curvlinops("EFLinearOperator"),),
             TWICE: twice, BATCHED: lambda: forward_and_backward(policy, rollouts)}
 
@@ -146,5 +153,5 @@ SECTIONS = {
         curvature, growth=SMALL, axes=AXES),
     "fisher": section(
         "Empirical Fisher matrix of the tokens",
-        "v^T (mean over the responses' tokens of ∇S_k ∇S_k^T) v: forward mode, curvlinops' `EFLinearOperator`, and "
-        "reverse mode twice.", fisher)}
+        "v^T (mean over the responses' tokens of ∇S_k ∇S_k^T) v: Taylor series, forward mode, curvlinops' "
+        "`EFLinearOperator`, and reverse mode twice.", fisher)}

@@ -89,16 +89,19 @@ def random_direction(policy, only="", seed=1):
             for name, p in policy.parameters.items() if only in name}
 
 
-def by(how, policy, rollouts, v):
-    """Values and derivatives by jets, or by nested forward mode of the scores as they are."""
+def by(how, policy, rollouts, v, order=2):
+    """Values and derivatives by jets, or by forward mode of the scores as they are, and nested."""
     theta = {name: p.detach() for name, p in policy.parameters.items()}
     with policy.forward_mode(), torch.enable_grad():
-        return how(lambda moved: score_batch(policy, rollouts, theta | moved), {name: theta[name] for name in v}, v)
+        return how(lambda moved: score_batch(policy, rollouts, theta | moved), {name: theta[name] for name in v}, v,
+                   order)
 
 
 def assert_same(found, expected, tolerance=1e-9):
-    for order in range(3):
-        for x, y in zip(found[order], expected[order], strict=True):
+    """The hidden states among them, where both have them."""
+    assert len(found) == len(expected)
+    for order, (xs, ys) in enumerate(zip(found, expected, strict=True)):
+        for x, y in zip(xs, ys, strict=True):
             assert type(x) is torch.Tensor and x.dtype == y.dtype
             scale = float(y.abs().max()) or 1.0
             error = float((x - y).abs().max()) / scale
@@ -128,7 +131,8 @@ def test_real_models_take_the_fast_path_and_are_exact(name):
     policy, rollouts = build(name), rollouts_for()
     v = random_direction(policy)
     found = by(taylor._by_jets, policy, rollouts, v)
-    assert_same(found, by(taylor._nested, policy, rollouts, v))
+    assert_same(found, by(taylor._by_forward_mode, policy, rollouts, v))
+    assert_same(by(taylor._by_jets, policy, rollouts, v, order=1), [*found[:2], found[3]])
     assert_backward_passes_agree(found, policy, rollouts, v)
 
 
@@ -138,7 +142,9 @@ def test_fused_attention(name):
     policy, rollouts = build(name), rollouts_for()
     policy.model.set_attn_implementation("sdpa")
     v = random_direction(policy)
-    assert_same(by(taylor._by_jets, policy, rollouts, v), by(taylor._nested, policy, rollouts, v))
+    for order in (1, 2):
+        assert_same(by(taylor._by_jets, policy, rollouts, v, order),
+                    by(taylor._by_forward_mode, policy, rollouts, v, order))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "qwen3_moe", "lfm2", "phi", "gemma2"])
@@ -149,10 +155,11 @@ def test_some_parameters_move(name):
         v = random_direction(policy, only)
         if v:
             # What experts write into is not known to move where nothing before them does.
-            how = taylor.second_derivatives if only in ("experts", "gate") else taylor._by_jets
+            how = taylor.derivatives_along if only in ("experts", "gate") else taylor._by_jets
             found = by(how, policy, rollouts, v)
             assert any(x.any() for x in found[1])
-            assert_same(found, by(taylor._nested, policy, rollouts, v))
+            assert_same(found, by(taylor._by_forward_mode, policy, rollouts, v))
+            assert_same(by(how, policy, rollouts, v, order=1), [*found[:2], found[3]])
             seen += 1
     assert seen >= 3
 
@@ -163,7 +170,7 @@ def test_adapters():
     v, rollouts = random_direction(policy), rollouts_for()
     assert len(v) == 8
     found = by(taylor._by_jets, policy, rollouts, v)
-    assert_same(found, by(taylor._nested, policy, rollouts, v))
+    assert_same(found, by(taylor._by_forward_mode, policy, rollouts, v))
     assert_backward_passes_agree(found, policy, rollouts, v)
 
 
@@ -173,7 +180,7 @@ def test_what_has_no_forward_mode_says_so():
     with pytest.raises(jets.Refused):
         by(taylor._by_jets, policy, rollouts, v)
     with pytest.raises(RuntimeError, match="functorch"):
-        by(taylor.second_derivatives, policy, rollouts, v)
+        by(taylor.derivatives_along, policy, rollouts, v)
 
 
 class Hidden(torch.autograd.Function):
@@ -309,15 +316,16 @@ def test_whatever_a_model_calls(kind):
     v = random_direction(policy)
     torch.manual_seed(0)
     try:
-        expected = by(taylor._nested, policy, rollouts, v)
+        expected = by(taylor._by_forward_mode, policy, rollouts, v)
     except Exception:
         # What nested forward mode has no way with either must not be answered.
         with pytest.raises(Exception):  # noqa: B017
-            by(taylor.second_derivatives, policy, rollouts, v)
+            by(taylor.derivatives_along, policy, rollouts, v)
         assert not known
         return
     if known:
         found = by(taylor._by_jets, policy, rollouts, v)
+        assert_same(by(taylor._by_jets, policy, rollouts, v, order=1), [*found[:2], found[3]])
         if kind != "written":
             # Which a backward pass does not allow.
             assert_backward_passes_agree(found, policy, rollouts, v)
@@ -326,11 +334,14 @@ def test_whatever_a_model_calls(kind):
             return
         assert_same(found, expected)
     else:
-        with pytest.raises((jets.Refused, RuntimeError)):
-            by(taylor._by_jets, policy, rollouts, v)
+        for order in (1, 2):
+            with pytest.raises((jets.Refused, RuntimeError)):
+                by(taylor._by_jets, policy, rollouts, v, order)
     torch.manual_seed(0)
     if kind != "random":
-        assert_same(by(taylor.second_derivatives, policy, rollouts, v), expected)
+        assert_same(by(taylor.derivatives_along, policy, rollouts, v), expected)
+        assert_same(by(taylor.derivatives_along, policy, rollouts, v, order=1),
+                    by(taylor._by_forward_mode, policy, rollouts, v, order=1))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -349,7 +360,9 @@ def test_vocabulary_in_tiles(bias, soft_cap, tile, monkeypatch):
         h, w, b = p["h"].sin(), p["w"].sin(), p["b"] if bias else None
         return dh.linear_log_probs_and_entropies(h, w, targets, 1.3, b, 0.7, soft_cap), h
 
-    assert_same(taylor._by_jets(function, theta, v), taylor._nested(function, theta, v), 1e-12)
+    for order in (1, 2):
+        assert_same(taylor._by_jets(function, theta, v, order),
+                    taylor._by_forward_mode(function, theta, v, order), 1e-12)
 
 
 def test_float32_and_bfloat16(shipped):
@@ -360,7 +373,8 @@ def test_float32_and_bfloat16(shipped):
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
         policy = dh.load_policy(shipped.model.config._name_or_path, "cpu", dtype)
         moved = {name: x.to(dtype) for name, x in v.items()}
-        assert_same(by(taylor._by_jets, policy, rollouts, moved), expected, tolerance)
+        *found, _ = by(taylor._by_jets, policy, rollouts, moved)
+        assert_same(found, expected, tolerance)
 
 
 def test_the_model_is_left_as_it_was(shipped):
@@ -368,7 +382,7 @@ def test_the_model_is_left_as_it_was(shipped):
     before = {name: p.clone() for name, p in shipped.model.state_dict().items()}
     v = random_direction(shipped)
     kept = {name: x.clone() for name, x in v.items()}
-    *_, hidden = by(taylor.second_derivatives, shipped, rollouts, v)
+    *_, hidden = by(taylor.derivatives_along, shipped, rollouts, v)
     assert type(hidden) is torch.Tensor and not hidden.requires_grad
     assert all(torch.equal(before[name], p) for name, p in shipped.model.state_dict().items())
     assert all(torch.equal(kept[name], x) for name, x in v.items())

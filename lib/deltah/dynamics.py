@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from deltah.estimates import Estimate
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import batches, in_batches, score_batch, weighted_gradient
-from deltah.taylor import second_derivatives
+from deltah.taylor import derivatives_along
 from deltah.updates import Direction
 
 
@@ -195,13 +196,10 @@ def _derivatives(policy: Policy, rollouts: Rollouts, direction: Direction | Mapp
         if not v:
             (_, h), hidden = scored({})
             values = [h] + [torch.zeros_like(h)] * (2 * order)
-        elif order == 1:
-            # The hidden states ride along, undifferentiated.
-            (_, h), tangents, hidden = torch.func.jvp(scored, (moving,), (v,), has_aux=True)
-            values = [h, *tangents]
         else:
-            (_, h), tangents, curvatures, hidden = second_derivatives(scored, moving, v)
-            values = [h, *tangents, *curvatures]
+            # The hidden states ride along, undifferentiated.
+            (_, h), *derivatives, hidden = derivatives_along(scored, moving, v, order)
+            values = [h, *chain.from_iterable(derivatives)]
         return values + [hidden] * (baseline == "regression")
 
     if batch_size is None:
@@ -209,8 +207,7 @@ def _derivatives(policy: Policy, rollouts: Rollouts, direction: Direction | Mapp
         batch_size = max(1, policy.rows_at_once(rollouts.response_mask.shape[1], logits=False) // 2)
     rows = batches(policy, rollouts, batch_size)
     try:
-        # Without grad mode some backward formulas, of which tangents are made, cannot be differentiated once more.
-        with torch.enable_grad(), policy.forward_mode():
+        with policy.forward_mode():
             results = list(in_batches(rollouts, rows, one_batch))
     except RuntimeError as error:
         if not any(word in str(error) for word in ("forward AD", "functorch")):

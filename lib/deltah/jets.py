@@ -1,7 +1,8 @@
-"""First and second derivatives along one direction, by Taylor series cut off after the second order.
+"""Derivatives along one direction, by Taylor series cut off after the first or the second order.
 
 Forward mode nested in itself carries (x, x', x', x'') through a model and computes x' twice: a product costs eight. A
-`Jet` carries (x, x', x''), and a product y = a b costs six, or five where b'' = 0, as of parameters θ + ηv:
+`Jet` carries (x, x') or (x, x', x''), and a product y = a b costs three or six, or five where b'' = 0, as of parameters
+θ + ηv:
 
     y = a b,    y' = a' b + a b',    y'' = a'' b + 2 a' b' + a b'',
     y = f(x),   y' = f' x',          y'' = f' x'' + f'' x'².
@@ -28,13 +29,13 @@ class Refused(Exception):
 
 
 class Jet(Tensor):
-    """A tensor x along θ + ηv: `coefficients` are x, x' and x'', None where x' or x'' is zero.
+    """A tensor x along θ + ηv: `coefficients` are x, x' and, of second order, x''; None where x' or x'' is zero.
 
-    The three have the same strides, and share memory with those of another Jet as the tensors themselves would. So
+    They have the same strides, and share memory with those of another Jet as the tensors themselves would. So
     views of a Jet are made of views, and what is written into one shows in the other.
     """
 
-    coefficients: tuple[Tensor, Tensor | None, Tensor | None]
+    coefficients: tuple[Tensor | None, ...]
 
     @staticmethod
     def __new__(cls, *coefficients: Tensor | None):
@@ -58,7 +59,8 @@ class Jet(Tensor):
             return _in_place(func, args, kwargs)
         if operation is aten.detach:
             # A plain tensor would let the values be overwritten without their derivatives.
-            return Jet(args[0].coefficients[0], None, None)
+            value, *rest = args[0].coefficients
+            return Jet(value, *(None for _ in rest))
         if operation in RULES:
             return RULES[operation](func, *args, **kwargs)
         if operation in LINEAR or func.is_view and func not in NOT_LINEAR:
@@ -71,12 +73,12 @@ class Jet(Tensor):
         raise Refused(f"{func} has no rule")
 
 
-def new_jet(value: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
-    """A Jet, or a plain tensor where nothing moves; coefficients may be of fewer dimensions, or laid out otherwise."""
-    if first is None and second is None or not _is_differentiable(value):
+def new_jet(value: Tensor, *derivatives: Tensor | None) -> Tensor:
+    """A Jet, or a plain tensor where nothing moves; derivatives may be of fewer dimensions, or laid out otherwise."""
+    if all(c is None for c in derivatives) or not _is_differentiable(value):
         return value
     rest = [c if c is None or c.stride() == value.stride() and c.shape == value.shape and c.dtype == value.dtype
-            else torch.empty_like(value).copy_(c) for c in (first, second)]
+            else torch.empty_like(value).copy_(c) for c in derivatives]
     if any(c is not None and c.stride() != value.stride() for c in rest):
         value, *rest = (None if c is None else c.contiguous() for c in (value, *rest))
     return Jet(value, *rest)
@@ -86,17 +88,23 @@ def _is_differentiable(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def parts(x: Any) -> tuple[Any, Any, Any]:
-    return x.coefficients if isinstance(x, Jet) else (x, None, None)
+def order_of(*xs: Any) -> int:
+    """Of the Jets among values and lists of them, which all have the same; 0 without any."""
+    return max((order_of(*x) if isinstance(x, (list, tuple)) else len(parts(x)) - 1 for x in xs), default=0)
+
+
+def parts(x: Any, order: int = 0) -> tuple:
+    """The coefficients of x, a value; a plain tensor or a number has that of order 0, and None up to `order`."""
+    return x.coefficients if isinstance(x, Jet) else (x, *(None,) * order)
 
 
 def coefficient(x: Any, order: int) -> Any:
-    """The coefficient of x, a value; a plain tensor or a number has only that of order 0."""
+    """One coefficient of x, a value or a list of them, 0 where there is none."""
     if isinstance(x, (list, tuple)):
         return [coefficient(y, order) for y in x]
     if not isinstance(x, Tensor):
         return x if order == 0 else 0
-    found = parts(x)[order]
+    found = parts(x, order)[order]
     return torch.zeros_like(parts(x)[0]) if found is None else found
 
 
@@ -120,20 +128,20 @@ def _at(func, args: Sequence, order: int) -> list:
 
 def _linear(func, args: Sequence, kwargs: Mapping) -> Any:
     found = [func(*_at(func, args, k), **kwargs) if k == 0 or any(_has(x, k) for x in args) else None
-             for k in range(3)]
+             for k in range(order_of(*args) + 1)]
     if isinstance(found[0], Tensor):
         return _like_its_source(func, *found)
     rows = zip(*(f if f is not None else [None] * len(found[0]) for f in found), strict=True)
     return type(found[0])(_like_its_source(func, *row) for row in rows)
 
 
-def _like_its_source(func, value: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
+def _like_its_source(func, value: Tensor, *derivatives: Tensor | None) -> Tensor:
     """A view stays a Jet even of what is detached, and never gets memory of its own."""
     if not func.is_view:
-        return new_jet(value, first, second)
-    if any(c is not None and c.stride() != value.stride() for c in (first, second)):
+        return new_jet(value, *derivatives)
+    if any(c is not None and c.stride() != value.stride() for c in derivatives):
         raise Refused(f"{func} of coefficients laid out differently")
-    return Jet(value, first, second)
+    return Jet(value, *derivatives)
 
 
 def _in_place(func, args: Sequence, kwargs: Mapping) -> Any:
@@ -149,8 +157,8 @@ def _in_place(func, args: Sequence, kwargs: Mapping) -> Any:
             raise Refused(f"{func} of indices or conditions that move")
         new = None
     else:
-        new = parts(Jet.__torch_dispatch__(_out_of_place(func, operation), (), args, kwargs))
-    if x.coefficients[2] is None and (any(_has(y, 2) for y in args) if new is None else new[2] is not None):
+        new = parts(Jet.__torch_dispatch__(_out_of_place(func, operation), (), args, kwargs), order_of(x))
+    if x.coefficients[-1] is None and (any(_has(y, order_of(x)) for y in args) if new is None else new[-1] is not None):
         raise Refused(f"{func} writes where no second derivative is")
     for k, c in enumerate(x.coefficients):
         if c is not None and new is None:
@@ -172,14 +180,15 @@ def _out_of_place(func, operation):
 
 
 def generic(func, args: Sequence, kwargs: Mapping) -> Any:
-    """Nested forward mode of one function: (x, x') moves along (x', x'')."""
+    """Forward mode of one function, and nested: (x, x') moves along (x', x'')."""
     value = _plain(func, args, kwargs)
     if not isinstance(value, Tensor):
         raise Refused(f"{func} has no rule")
-    places = [i for i, x in enumerate(args) if _has(x, 1) or _has(x, 2)]
+    order = order_of(*args)
+    places = [i for i, x in enumerate(args) if any(_has(x, k) for k in range(1, order + 1))]
     if not places or not _is_differentiable(value):
         return value
-    x, x_1, x_2 = ([coefficient(args[i], k) for i in places] for k in range(3))
+    x, x_1, *x_2 = (tuple(coefficient(args[i], k) for i in places) for k in range(order + 1))
 
     def of(*moving):
         given = list(parts(a)[0] for a in args)
@@ -188,12 +197,14 @@ def generic(func, args: Sequence, kwargs: Mapping) -> Any:
         return func(*given, **kwargs)
 
     def once(x, x_1):
-        return torch.func.jvp(of, tuple(x), tuple(x_1))
+        return torch.func.jvp(of, x, x_1)
 
     # Here, below automatic differentiation, its part of PyTorch is switched off.
     off = torch._C._dispatch_tls_local_exclude_set()
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off - off):
-        (value, first), (_, second) = torch.func.jvp(once, (x, x_1), (x_1, x_2))
+        if order == 1:
+            return new_jet(*once(x, x_1))
+        (value, first), (_, second) = torch.func.jvp(once, (x, x_1), (x_1, *x_2))
     return new_jet(value, first, second)
 
 
