@@ -16,7 +16,7 @@ from transformers import (
 
 import deltah as dh
 from conftest import CONFIGS, SMALL, build_model
-from deltah import kernels, sample_gradients
+from deltah import factors, kernels, sample_gradients
 from deltah.scoring import score
 from test_updates import low_rank_policy
 
@@ -102,13 +102,14 @@ def test_any_number_of_rollouts(name, count):
     assert_close(dh.fisher_kernel(policy, rollouts), matrix @ matrix.T)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gpt2", "qwen3_moe", "phi"])
-@pytest.mark.parametrize("limit", ["FORMED", "CONTRACTED"])
-def test_formed_and_contracted_agree(name, limit, monkeypatch):
-    """Small blocks of what is formed, and nothing contracted."""
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "qwen3_moe", "phi", "gemma2"])
+@pytest.mark.parametrize("limit", ["FORMED", "CONTRACTED", "KEPT"])
+def test_every_way_of_computing_agrees(name, limit, monkeypatch):
+    """Small blocks of what is formed; nothing contracted; nothing kept of the output layer, and small blocks of it."""
     policy, rollouts = build(name), rollouts_for()
     expected = dh.fisher_kernel(policy, rollouts)
     monkeypatch.setattr(kernels, limit, 500 if limit == "FORMED" else 0)
+    monkeypatch.setattr(factors, "BLOCK", 100)
     assert_close(dh.fisher_kernel(policy, rollouts), expected)
 
 

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from deltah.policies import OutputLayer
 from deltah.rollouts import Rollouts
-from deltah.vocabulary import tile_logits
+from deltah.vocabulary import LogProbsAndEntropies, add_product, tile_logits
+
+# Slopes of the output layer that are computed at a time where they are not kept.
+BLOCK = 2**22
 
 
 class SampleGradient:
@@ -108,19 +111,56 @@ class Lookup(Factors):
         return total.index_add_(0, places, self.right[inside]).view(n, size, -1)
 
 
-class Output(Factors):
-    """Of the output layer: left_k is ∂ log π(t_k) / ∂(h_k W^T + b), computed again for the rows asked for."""
+class OutputSlopes:
+    """∂ log π(t_k) / ∂(h_k W^T + b), [n, T, V], a block of the vocabulary at a time.
 
-    def __init__(self, right: Tensor, hidden: Tensor, layer: OutputLayer, rollouts: Rollouts, normaliser: Tensor):
-        self.right, self.positions = right, right.shape[1]
-        self.hidden, self.layer, self.rollouts, self.normaliser = hidden.flatten(0, 1), layer, rollouts, normaliser
+    Args:
+        hidden: h, [n, T, d].
+        layer: W, b, and what becomes of h W^T + b.
+        rollouts: n rollouts with T response tokens.
+        keep: numbers that may be held; where there are more, each block is computed again when it is asked for.
+    """
 
-    def left(self, rows: slice) -> Tensor:
-        mask, targets = self.rollouts.response_mask, self.rollouts.response_ids.flatten() - rows.start
+    def __init__(self, hidden: Tensor, layer: OutputLayer, rollouts: Rollouts, keep: int):
+        self.hidden, self.layer, self.rollouts = hidden.flatten(0, 1), layer, rollouts
+        everything = slice(0, len(layer.weight))
+        self.kept = None
+        if len(self.hidden) * everything.stop <= keep:
+            z = self._logits(everything)
+            self.normaliser = z.logsumexp(1)
+            self.kept = self._of_logits(z, everything)
+        else:
+            *_, self.normaliser = LogProbsAndEntropies.apply(self.hidden, layer.weight, layer.bias,
+                                                             rollouts.response_ids.flatten(), layer.scaling)
+
+    def __call__(self, rows: slice) -> Tensor:
+        """[n, T, rows], of these rows of W."""
+        return self._of_logits(self._logits(rows), rows) if self.kept is None else self.kept[..., rows]
+
+    def of_hidden(self) -> Tensor:
+        """∂ Σ_k log π(t_k) / ∂h, [n, T, d]."""
+        total = torch.zeros_like(self.hidden, dtype=torch.promote_types(self.hidden.dtype, torch.float32))
+        step = max(1, BLOCK // len(self.hidden)) if self.kept is None else len(self.layer.weight)
+        for start in range(0, len(self.layer.weight), step):
+            rows = slice(start, min(start + step, len(self.layer.weight)))
+            add_product(total, self(rows).flatten(0, 1).to(self.hidden), self.layer.weight[rows])
+        return total.to(self.hidden).view(*self.rollouts.response_mask.shape, -1)
+
+    def _logits(self, rows: slice) -> Tensor:
         bias = None if self.layer.bias is None else self.layer.bias[rows]
-        z = tile_logits(self.hidden, self.layer.weight[rows], bias, self.layer.scaling)
-        slope = -(z - self.normaliser[:, None]).exp()
-        inside = ((targets >= 0) & (targets < z.shape[1])).nonzero()[:, 0]
+        return tile_logits(self.hidden, self.layer.weight[rows], bias, self.layer.scaling)
+
+    def _of_logits(self, z: Tensor, rows: slice) -> Tensor:
+        mask, targets = self.rollouts.response_mask, self.rollouts.response_ids.flatten() - rows.start
+        factor = self.layer.scaling.slope(z)
+        slope = z.sub_(self.normaliser[:, None]).exp_().neg_()
+        inside = ((targets >= 0) & (targets < slope.shape[1])).nonzero()[:, 0]
         slope[inside, targets[inside]] += 1
-        slope = torch.where(mask.flatten()[:, None], slope * self.layer.scaling.slope(z), 0.0)
-        return slope.view(*mask.shape, -1)
+        return slope.mul_(factor).masked_fill_(~mask.flatten()[:, None], 0.0).view(*mask.shape, -1)
+
+
+class Output(Factors):
+    """Of the output layer: left_k is ∂ log π(t_k) / ∂(h_k W^T + b)."""
+
+    def __init__(self, slopes: OutputSlopes, right: Tensor):
+        self.left, self.right, self.positions = slopes, right, right.shape[1]

@@ -33,6 +33,8 @@ DEPTH = 2**13
 NARROWEST = 32
 # Bytes that the factors of gradients may take on a CPU.
 FACTORS = 2**33
+# Numbers that are kept of a block's output layer, to be computed once.
+KEPT = 2**27
 # Coordinates of a parameter that a sketch hashes together.
 HASHED = 2**18
 
@@ -146,7 +148,7 @@ def fisher_sketch(policy: Policy, rollouts: Rollouts, dimension: int = 4096,
                 if roots is None or gradient.name in roots:
                     part += _hashed(gradient, None if roots is None else roots[gradient.name], dimension, seed)
 
-            sample_gradients(policy, samples.select(rows), receive)
+            sample_gradients(policy, samples.select(rows), receive, KEPT)
             sketch[rows] = part
             progress.update(len(rows))
     return sketch
@@ -213,7 +215,7 @@ def _gradients(policy: Policy, rollouts: Rollouts, scale: Mapping[str, Tensor] |
             if scale is None or gradient.name in scale:
                 found[gradient.name, gradient.index].append((rows, gradient))
 
-        sample_gradients(policy, rollouts.select(rows), receive)
+        sample_gradients(policy, rollouts.select(rows), receive, KEPT * len(rows) // len(rollouts))
         progress.update(len(rows))
     return found
 

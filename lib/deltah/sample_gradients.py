@@ -22,11 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from deltah.factors import Factors, Formed, Lookup, Output, SampleGradient
+from deltah.factors import Factors, Formed, Lookup, Output, OutputSlopes, SampleGradient
 from deltah.policies import OutputLayer, Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import log_probs_and_entropies, response_output, score
-from deltah.vocabulary import LogProbsAndEntropies
 
 # Parameters that take part elementwise get a copy for each rollout up to this size.
 SMALL = 2**16
@@ -34,13 +33,15 @@ SMALL = 2**16
 TOGETHER = 2**26
 
 
-def sample_gradients(policy: Policy, rollouts: Rollouts, receive: Callable[[SampleGradient], None]) -> None:
+def sample_gradients(policy: Policy, rollouts: Rollouts, receive: Callable[[SampleGradient], None],
+                     keep: int) -> None:
     """Hand `receive` the gradients of each rollout's log-prob, every trainable parameter (or expert of it) once.
 
     Args:
         policy: the policy.
         rollouts: n rollouts, run as one batch; S_i is the log-prob of response i at their temperature.
         receive: called during the backward pass, in its order.
+        keep: numbers that may be held on to, besides factors, to form the output layer's gradients faster.
     """
     watch = _Watch(policy, rollouts)
     with torch.enable_grad(), policy.eager_experts():
@@ -48,9 +49,10 @@ def sample_gradients(policy: Policy, rollouts: Rollouts, receive: Callable[[Samp
             hidden, layer, logits = response_output(policy, rollouts, None)
         if layer is None:
             log_probs = log_probs_and_entropies(logits, rollouts.response_ids)[0]
+            total = torch.where(rollouts.response_mask, log_probs, 0.0).sum()
         else:
-            log_probs = watch.output(hidden, layer)
-        watch.backward(torch.where(rollouts.response_mask, log_probs, 0.0).sum(), receive)
+            total = watch.output(hidden, layer, keep)
+        watch.backward(total, receive)
     groups = [[]]
     for name in sorted(watch.unknown):
         groups[-1].append(name)
@@ -232,21 +234,18 @@ class _Watch(TorchFunctionMode):
         factors = self.arrived.pop(key)
         self.receive(SampleGradient(*key, _matrix_shape(p), factors))
 
-    def output(self, hidden: Tensor, layer: OutputLayer) -> Tensor:
-        """Log-probs [n, T] of the responses' tokens."""
+    def output(self, hidden: Tensor, layer: OutputLayer, keep: int) -> Tensor:
+        """A number whose gradient with respect to hidden [n, T, d] is that of Σ_i S_i."""
         weight, bias = (None if x is None else x.detach() for x in layer[:2])
-        scaling = layer.scaling._replace(temperature=self.rollouts.temperature)
-        log_probs, _, normaliser = LogProbsAndEntropies.apply(
-            hidden.flatten(0, 1), weight, bias, self.rollouts.response_ids.flatten(), scaling)
-        h, detached = hidden.detach(), OutputLayer(weight, bias, scaling)
+        h, scaling = hidden.detach(), layer.scaling._replace(temperature=self.rollouts.temperature)
+        slopes = OutputSlopes(h, OutputLayer(weight, bias, scaling), self.rollouts, keep)
         for parameter, right in ((layer.weight, h), (layer.bias, torch.ones_like(h[..., :1]))):
             if parameter is not None and parameter in self.watched:
-                self.arrived[self.watched[parameter].key].append(
-                    Output(right.to(_kind(right)), h, detached, self.rollouts, normaliser.detach()))
-        return log_probs.view(hidden.shape[:-1])
+                self.arrived[self.watched[parameter].key].append(Output(slopes, right.to(_kind(right))))
+        return (hidden * slopes.of_hidden()).sum()
 
     def backward(self, total: Tensor, receive: Callable[[SampleGradient], None]) -> None:
-        """One backward pass from Σ_i S_i."""
+        """One backward pass from `total`, whose gradient is that of Σ_i S_i."""
         self.receive = receive
         own = {id(p): name for name, p in self.parameters.items()}
         self.unknown.update(own[i] for i in _leaf_ids(total) if i in own)

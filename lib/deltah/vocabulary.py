@@ -189,16 +189,16 @@ class LogProbsAndEntropies(torch.autograd.Function):
                 slope = slope * factor
             slope = slope.to(hidden.dtype)
             if need[0]:
-                _add_product(of_hidden[r], slope, weight[c])
+                add_product(of_hidden[r], slope, weight[c])
             if need[1]:
-                _add_product(of_weight[c], slope.T, hidden[r])
+                add_product(of_weight[c], slope.T, hidden[r])
             if need[2]:
                 of_bias[c] += slope.sum(0)
         grads = [None if g is None else g.to(hidden.dtype) for g in (of_hidden, of_weight, of_bias)]
         return *grads, None, None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, in one operation where dtypes allow it."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
