@@ -1,4 +1,6 @@
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -123,6 +125,27 @@ def test_what_does_not_fit_meets_in_blocks(name, batch_size, monkeypatch):
     assert kernels._block_size(policy, one, one) == 2
     assert_close(dh.fisher_kernel(policy, one, preconditioner=p, batch_size=batch_size), a * flat(policy, p) @ a.T)
     assert_close(dh.fisher_kernel(policy, one, two, batch_size=batch_size), a @ b.T)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "gpt_oss"])
+def test_gradients_are_gone_with_their_last_use(name):
+    """Not only at the next garbage collection: those of many batches would pile up until then."""
+    policy, alive = build(name), weakref.WeakSet()
+    gc.collect()
+    gc.disable()
+    try:
+        found = []
+
+        def receive(gradient):
+            found.append(gradient)
+            alive.add(gradient)
+
+        sample_gradients.sample_gradients(policy, rollouts_for(), receive, keep=0)
+        assert alive
+        del receive, found
+        assert not alive
+    finally:
+        gc.enable()
 
 
 def test_both_routes_are_taken(monkeypatch):

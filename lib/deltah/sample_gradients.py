@@ -53,8 +53,10 @@ def sample_gradients(policy: Policy, rollouts: Rollouts, receive: Callable[[Samp
         else:
             total = watch.output(hidden, layer, keep)
         watch.backward(total, receive)
-    groups = [[]]
-    for name in sorted(watch.unknown):
+    groups, unknown = [[]], sorted(watch.unknown)
+    # Hooks of what it holds refer to it, and all factors would stay until the next garbage collection.
+    vars(watch).clear()
+    for name in unknown:
         groups[-1].append(name)
         if len(rollouts) * sum(policy.parameters[name].numel() for name in groups[-1]) > TOGETHER:
             groups.append([])
