@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,15 @@ from deltah.sample_gradients import SampleGradient, sample_gradients
 from deltah.scoring import batches, check_tokens
 
 LEVELS = ("sequence", "token")
-# Numbers that gradients formed at a time may hold, and the matrices that a layer is contracted through.
-FORMED, CONTRACTED = 2**26, 2**24
+# Numbers that gradients formed at a time should hold, so that their memory is used again without going back to the
+# system; the rows that a matrix should have nevertheless, and the numbers it may hold for that.
+FORMED, THINNEST, ROOM = 2**22, 16, 2**26
+# Numbers that the matrices may hold that a layer is contracted through.
+CONTRACTED = 2**24
 # Products that are summed in float32: matrix products of greater depth lose digits (4e-4 of K at 15 million).
 DEPTH = 2**13
 # Rows below which a matrix product gets slow.
-NARROWEST = 32
+NARROWEST = 64
 # Bytes that the factors of gradients may take on a CPU.
 FACTORS = 2**33
 # Numbers that are kept of a block's output layer, to be computed once.
@@ -45,8 +49,9 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
     """The Fisher kernel between the rollouts (or tokens) of one set, or of two.
 
     Over the trainable parameters: tied ones once, biases, norms and adapters included. Takes about a third more than a
-    forward and backward pass over all rollouts, and the memory of each layer's inputs and output gradients; where that
-    is too much, blocks of rollouts meet in pairs, and the cost grows with the square of their number.
+    forward and backward pass over all rollouts. A single batch's gradients are used up as they come; of more batches,
+    each layer's inputs and output gradients are held. Where that takes too much memory, blocks of rollouts meet in
+    pairs, and the cost grows with the square of their number.
 
     Args:
         policy: the policy.
@@ -82,18 +87,21 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
     columns = [rows[a + 1:] if others is None else across for a in range(len(rows))]
     total = sum(len(first) + sum(map(len, row)) for first, row in zip(rows, columns, strict=True))
     with tqdm(total=total, desc="kernel", unit="rollout", leave=False, delay=1) as progress:
+        passes = _Passes(policy, scale, batch_size, progress)
         for first, row in zip(rows, columns, strict=True):
-            of_first = _gradients(policy, left.select(first), scale, batch_size, progress)
+            chosen, here = left.select(first), first[:, None]
+            if others is None and not row:
+                kernel[here, first] = passes.meet(chosen)
+                break
+            held = passes.gradients(chosen)
             if others is None:
-                kernel[first[:, None], first] = _products(of_first, of_first, scale, (len(first), len(first)))
+                kernel[here, first] = _products(held, held, scale, (len(first), len(first)))
             for second in row:
-                kernel[first[:, None], second] = _products(
-                    of_first, _gradients(policy, right.select(second), scale, batch_size, progress), scale,
-                    (len(first), len(second)))
+                kernel[here, second] = passes.meet(right.select(second), held, len(first))
                 if others is None:
-                    kernel[second[:, None], first] = kernel[first[:, None], second].T
+                    kernel[second[:, None], first] = kernel[here, second].T
             # Before the next block's come.
-            del of_first
+            del held
     wrong = ~torch.isfinite(kernel).all(1)
     if wrong.any():
         raise ValueError(f"policy: the kernel is NaN or infinite, first in row {int(wrong.nonzero()[0])}")
@@ -139,7 +147,7 @@ def fisher_sketch(policy: Policy, rollouts: Rollouts, dimension: int = 4096,
     roots = None if scale is None else {name: p.sqrt() for name, p in scale.items()}
     kind = torch.promote_types(policy.dtype, torch.float32)
     sketch = torch.zeros(len(samples), dimension, dtype=kind, device=policy.device)
-    most = FORMED // HASHED if batch_size is None else min(batch_size, FORMED // HASHED)
+    most = ROOM // HASHED if batch_size is None else min(batch_size, ROOM // HASHED)
     with tqdm(total=len(samples), desc="sketch", unit="rollout", leave=False, delay=1) as progress:
         for rows in _batches(policy, samples, batch_size, most):
             part = torch.zeros(len(rows), dimension, dtype=kind, device=policy.device)
@@ -207,17 +215,45 @@ Parts = list[tuple[Tensor, SampleGradient]]
 Gradients = dict[tuple[str, int | None], Parts]
 
 
-def _gradients(policy: Policy, rollouts: Rollouts, scale: Mapping[str, Tensor] | None, batch_size: int | None,
-               progress: tqdm) -> Gradients:
-    found: Gradients = defaultdict(list)
-    for rows in _batches(policy, rollouts, batch_size):
-        def receive(gradient: SampleGradient, rows=rows) -> None:
-            if scale is None or gradient.name in scale:
-                found[gradient.name, gradient.index].append((rows, gradient))
+class _Passes(NamedTuple):
+    """The gradients of a call's rollouts."""
 
-        sample_gradients(policy, rollouts.select(rows), receive, KEPT * len(rows) // len(rollouts))
-        progress.update(len(rows))
-    return found
+    policy: Policy
+    scale: Mapping[str, Tensor] | None
+    batch_size: int | None
+    progress: tqdm
+
+    def hand_over(self, rollouts: Rollouts, receive: Callable[[Tensor, SampleGradient], None]) -> None:
+        """Call `receive` with each gradient and the rows that it is of."""
+        for rows in _batches(self.policy, rollouts, self.batch_size):
+            def wanted(gradient: SampleGradient, rows=rows) -> None:
+                if self.scale is None or gradient.name in self.scale:
+                    receive(rows, gradient)
+
+            sample_gradients(self.policy, rollouts.select(rows), wanted, KEPT * len(rows) // len(rollouts))
+            self.progress.update(len(rows))
+
+    def gradients(self, rollouts: Rollouts) -> Gradients:
+        found: Gradients = defaultdict(list)
+        self.hand_over(rollouts, lambda rows, gradient: found[gradient.name, gradient.index].append((rows, gradient)))
+        return found
+
+    def meet(self, rollouts: Rollouts, held: Gradients | None = None, count: int | None = None) -> Tensor:
+        """Products of the gradients that are held, of `count` rollouts, or of the rollouts' own, with the rollouts'."""
+        shape = count or len(rollouts), len(rollouts)
+        if len(_batches(self.policy, rollouts, self.batch_size)) > 1:
+            found = self.gradients(rollouts)
+            return _products(found if held is None else held, found, self.scale, shape)
+        # Those of a single batch need not be held.
+        total = torch.zeros(shape, dtype=torch.float64, device=self.policy.device)
+
+        def receive(rows: Tensor, gradient: SampleGradient) -> None:
+            nonlocal total
+            own = {(gradient.name, gradient.index): [(rows, gradient)]}
+            total += _products(own if held is None else held, own, self.scale, shape)
+
+        self.hand_over(rollouts, receive)
+        return total
 
 
 def _products(left: Gradients, right: Gradients, scale: Mapping[str, Tensor] | None, shape: tuple[int, int]) -> Tensor:
@@ -279,7 +315,8 @@ def _contracted(first: Parts, second: Parts, shape: tuple[int, int]) -> Tensor:
 def _formed(first: Parts, second: Parts, p: Tensor | None, shape: tuple[int, int]) -> Tensor:
     total = torch.zeros(shape, dtype=torch.float64, device=first[0][0].device)
     o, i = first[0][1].shape
-    for block in _slices(o, FORMED // (sum(shape) * i)):
+    row = sum(shape) * i
+    for block in _slices(o, max(FORMED // row, min(THINNEST, ROOM // row))):
         left = [gradient.formed(block).flatten(1) for _, gradient in first]
         right = left if first is second else [gradient.formed(block).flatten(1) for _, gradient in second]
         if p is not None:
@@ -297,10 +334,7 @@ def _inner(x: Tensor, y: Tensor, symmetric: bool = False) -> Tensor:
         across = _inner(x[:half], y[half:])
         corners = (_inner(x[part], y[part], True) for part in (slice(half), slice(half, None)))
         return torch.cat([torch.cat([next(corners), across], 1), torch.cat([across.T, next(corners)], 1)])
-    whole = x.shape[1] // DEPTH * DEPTH
-    parts = (z[:, :whole].view(len(z), -1, DEPTH).transpose(0, 1) for z in (x, y))
-    total = torch.bmm(next(parts), next(parts).transpose(1, 2)).sum(0, dtype=torch.float64)
-    return total + (x[:, whole:] @ y[:, whole:].T).double()
+    return sum((x[:, block] @ y[:, block].T).double() for block in _slices(x.shape[1], DEPTH))
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:
