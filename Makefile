@@ -53,7 +53,7 @@ lab: $(READY)
 sync: $(READY)
 	@$(QUIET) $(PYTHON) notebooks/run.py sync $(if $(CHAPTER),--chapter $(CHAPTER))
 
-# A terminal shows how far it is: `make bench` takes half an hour.
+# A terminal shows how far it is: `make bench` takes a quarter of an hour.
 bench: $(BENCH_READY)
 	@$(filter-out TQDM_DISABLE=1,$(QUIET)) $(BENCH_PYTHON) benchmarks/compare.py $(if $(ONLY),--only $(ONLY)) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(DEVICE),--device $(DEVICE)) $(if $(ROUNDS),--rounds $(ROUNDS))

@@ -213,7 +213,7 @@ def sync(chapters: list[Path], force: bool) -> int:
             continue
         print(f"{chapter.stem}: executing with default parameters", flush=True)
         notebook = jupytext.read(chapter.with_suffix(".ipynb"))
-        NotebookClient(notebook, kernel_name="python3", timeout=None, record_timing=False,
+        NotebookClient(notebook, kernel_name="python3", coalesce_streams=True, timeout=None, record_timing=False,
                        extra_arguments=QUIET_KERNEL, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
         notebook.metadata["deltah"] = {"fingerprint": mark}
         partial = chapter.with_suffix(".partial.ipynb")
