@@ -4,62 +4,27 @@ import weakref
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    Gemma2Config,
-    GptOssConfig,
-    Lfm2Config,
-    MixtralConfig,
-    OPTConfig,
-    PhiConfig,
-)
+from transformers import AutoModelForCausalLM
 
 import deltah as dh
-from conftest import CONFIGS, SMALL, build_model
+from conftest import CONFIGS, MORE, build_model, random_rollouts
 from deltah import factors, kernels, sample_gradients
 from deltah.scoring import score
 from test_updates import low_rank_policy
 
 V = 37
-MORE = {
-    # A bias of the output layer, a soft cap, x W^T written out, convolutions, positions offset, ALiBi, attention sinks.
-    "phi": lambda: PhiConfig(vocab_size=V, **SMALL),
-    "gemma2": lambda: Gemma2Config(vocab_size=V, head_dim=8, sliding_window=4, **SMALL),
-    "falcon": lambda: FalconConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
-    "lfm2": lambda: Lfm2Config(vocab_size=V, layer_types=["conv", "full_attention"], **SMALL),
-    "opt": lambda: OPTConfig(vocab_size=V, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-                             max_position_embeddings=128, word_embed_proj_dim=32),
-    "bloom": lambda: BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4),
-    "mixtral": lambda: MixtralConfig(vocab_size=V, num_local_experts=4, **SMALL),
-    "gpt_oss": lambda: GptOssConfig(vocab_size=V, head_dim=8, num_local_experts=4, num_experts_per_tok=2, **SMALL),
-}
+NAMES = sorted({*CONFIGS, *MORE})
 
 
 def build(name, dtype=torch.float64):
-    if name in CONFIGS:
-        return dh.Policy(build_model(name, V, dtype))
-    torch.manual_seed(0)
-    config = MORE[name]()
-    config.pad_token_id = None
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
-    return dh.Policy(model.to(dtype))
+    if name in ("mpt", "gptj"):
+        # Their attention rounds to float32 by itself.
+        return dh.exact.exact_policy(build_model(name, V))
+    return dh.Policy(build_model(name, V, dtype))
 
 
 def rollouts_for(size=V, count=5, prompt=5, response=6, seed=0, temperature=1.3):
-    """Of random tokens and all lengths, padded on both sides."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, size, (count, prompt + response), generator=generator)
-    prompts = torch.arange(prompt) >= torch.arange(count)[:, None] % prompt
-    lengths = torch.randint(1, response + 1, (count, 1), generator=generator)
-    lengths[0] = response
-    responses = torch.arange(response) < lengths
-    return dh.Rollouts(ids, torch.cat([prompts, responses], 1), responses, torch.arange(count) // 2,
-                       temperature=temperature)
+    return random_rollouts(size, count, prompt, response, seed, temperature)
 
 
 def gradients(policy, rollouts):
@@ -87,7 +52,7 @@ def assert_close(kernel, expected, tolerance=1e-10):
     assert error.max() < tolerance, f"relative error {float(error.max()):.1e}"
 
 
-@pytest.mark.parametrize("name", [*sorted(CONFIGS), *sorted(MORE)])
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_one_backward_pass_for_each_rollout(name):
     policy, rollouts = build(name), rollouts_for()
     matrix, p = gradients(policy, rollouts), random_preconditioner(policy)
@@ -281,7 +246,7 @@ def test_rules_cover_real_models(monkeypatch):
         raise AssertionError(f"{names} have no rule")
 
     monkeypatch.setattr(sample_gradients, "_one_by_one", refuse)
-    for name in {*CONFIGS, *MORE} - {"gpt_oss"}:
+    for name in {*NAMES} - {"gpt_oss"}:
         dh.fisher_kernel(build(name), rollouts_for())
     with pytest.raises(AssertionError, match="sinks"):
         dh.fisher_kernel(build("gpt_oss"), rollouts_for())

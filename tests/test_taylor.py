@@ -3,84 +3,23 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    CohereConfig,
-    FalconConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPTJConfig,
-    GPTNeoXConfig,
-    GptOssConfig,
-    GraniteConfig,
-    Lfm2Config,
-    MistralConfig,
-    MixtralConfig,
-    MptConfig,
-    NemotronConfig,
-    Olmo2Config,
-    OPTConfig,
-    PhiConfig,
-    StableLmConfig,
-    Starcoder2Config,
-)
 
 import deltah as dh
-from conftest import CONFIGS, SMALL, build_model
+from conftest import CONFIGS, MORE, build_model, random_rollouts
 from deltah import jets, taylor, vocabulary
 from deltah.scoring import score_batch
 from test_updates import low_rank_policy
 
 V = 37
-WIDE = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
-MORE = {
-    "gpt_neox": lambda: GPTNeoXConfig(vocab_size=V, **WIDE),
-    "opt": lambda: OPTConfig(vocab_size=V, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-                             max_position_embeddings=128, word_embed_proj_dim=32),
-    "falcon": lambda: FalconConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
-    "phi": lambda: PhiConfig(vocab_size=V, **SMALL),
-    "gemma2": lambda: Gemma2Config(vocab_size=V, head_dim=8, sliding_window=4, **SMALL),
-    "gemma3": lambda: Gemma3TextConfig(vocab_size=V, head_dim=8, sliding_window=4,
-                                       layer_types=["sliding_attention", "full_attention"], **SMALL),
-    "mistral": lambda: MistralConfig(vocab_size=V, head_dim=8, sliding_window=4, **SMALL),
-    "granite": lambda: GraniteConfig(vocab_size=V, logits_scaling=3.0, residual_multiplier=0.7, **SMALL),
-    "cohere": lambda: CohereConfig(vocab_size=V, use_qk_norm=True, **SMALL),
-    "olmo2": lambda: Olmo2Config(vocab_size=V, **SMALL),
-    "gptj": lambda: GPTJConfig(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4),
-    "mixtral": lambda: MixtralConfig(vocab_size=V, num_local_experts=4, **SMALL),
-    "gpt_oss": lambda: GptOssConfig(vocab_size=V, head_dim=8, num_local_experts=4, num_experts_per_tok=2, **SMALL),
-    "lfm2": lambda: Lfm2Config(vocab_size=V, layer_types=["conv", "full_attention"], **SMALL),
-    "nemotron": lambda: NemotronConfig(vocab_size=V, head_dim=8, **SMALL),
-    "starcoder2": lambda: Starcoder2Config(vocab_size=V, **SMALL),
-    "stablelm": lambda: StableLmConfig(vocab_size=V, **SMALL),
-    "mpt": lambda: MptConfig(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=128),
-    "bloom": lambda: BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4),
-}
 
 
 def build(name):
     """In float64 throughout, with attention written out."""
-    if name in CONFIGS:
-        return dh.exact.exact_policy(build_model(name, V))
-    torch.manual_seed(0)
-    config = MORE[name]()
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
-    return dh.exact.exact_policy(model)
+    return dh.exact.exact_policy(build_model(name, V))
 
 
 def rollouts_for(count=3, prompt=4, response=5, seed=0, size=V):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, size, (count, prompt + response), generator=generator)
-    prompts = torch.arange(prompt) >= torch.arange(count)[:, None] % prompt
-    lengths = torch.randint(1, response + 1, (count, 1), generator=generator)
-    lengths[0] = response
-    responses = torch.arange(response) < lengths
-    return dh.Rollouts(ids, torch.cat([prompts, responses], 1), responses, torch.arange(count), temperature=1.3)
+    return random_rollouts(size, count, prompt, response, seed)
 
 
 def random_direction(policy, only="", seed=1):
