@@ -15,7 +15,7 @@ from cases import ROOT
 from matplotlib.ticker import NullLocator
 from side_by_side import Measurement, Section, Target
 
-from deltah.figures import DASHES, MARKERS, use_style
+from deltah.book.figures import DASHES, MARKERS, use_style
 
 Row = tuple[str, str, str]
 

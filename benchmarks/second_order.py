@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.activations import SiLUActivation
 
 import deltah as dh
-from deltah.taylor import derivatives_along
+from deltah.derivatives.taylor import derivatives_along
 
 BATCHED, CURVLINOPS, TWICE = "forward and backward", "curvlinops", "torch.autograd, twice"
 

@@ -81,7 +81,7 @@ def read_parameters(profile: str, chapter: Path, changes: dict[str, str]) -> dic
 def fingerprint(chapter: Path, parameters: dict[str, Any]) -> str:
     """Changes whenever the chapter, its parameters, the library or the shipped data do."""
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
-    files = [chapter, *ROOT.glob("lib/deltah/*.py"), *(p for p in ROOT.glob("data/**/*") if p.is_file())]
+    files = [chapter, *ROOT.glob("lib/deltah/**/*.py"), *(p for p in ROOT.glob("data/**/*") if p.is_file())]
     for path in sorted(files):
         if "__pycache__" not in path.parts:
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
@@ -171,7 +171,7 @@ def write_text(path: Path, text: str) -> None:
 
 def report(results: Path) -> None:
     """Write the ledger and the index page, and print where they are."""
-    from deltah import ledger
+    from deltah.book import ledger
 
     claims = ledger.write_summary(results)
     rows = []

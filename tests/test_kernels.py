@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import deltah as dh
 from conftest import CONFIGS, MORE, build_model, random_rollouts
-from deltah import factors, kernels, sample_gradients
+from deltah import kernels
+from deltah.derivatives import factors, sample_gradients
 from deltah.scoring import score
 from test_updates import low_rank_policy
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from deltah import Ledger, ledger
-from deltah.ledger import LedgerError
+from deltah.book.ledger import LedgerError
 
 COMMON = dict(section="2.1", statement="x = y")
 

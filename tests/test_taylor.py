@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 import deltah as dh
 from conftest import CONFIGS, MORE, build_model, random_rollouts
-from deltah import jets, taylor, vocabulary
+from deltah import vocabulary
+from deltah.derivatives import jets, taylor
 from deltah.scoring import score_batch
 from test_updates import low_rank_policy
 

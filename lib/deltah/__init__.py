@@ -1,6 +1,8 @@
 """deltah: what one reinforcement-learning step does to the entropy of a language model."""
 
-from deltah import exact, figures, ledger, objectives, statistics, training
+from deltah import exact, objectives, statistics, training
+from deltah.book import figures, ledger
+from deltah.book.ledger import Ledger
 from deltah.dynamics import (
     Attribution,
     CriticalLearningRate,
@@ -12,7 +14,6 @@ from deltah.dynamics import (
 from deltah.entropy import control_variate, entropy, truncated_entropy, variance_decomposition
 from deltah.estimates import Estimate
 from deltah.kernels import fisher_kernel, fisher_sketch
-from deltah.ledger import Ledger
 from deltah.measurement import measured_entropy_change
 from deltah.policies import Policy, load_policy
 from deltah.problems import extract_answer, load_problems, score_answers

@@ -24,12 +24,12 @@ from scipy.stats import t as student_t
 from torch import Tensor
 
 from deltah.baselines import BASELINES, Remaining
+from deltah.derivatives.taylor import derivatives_along
 from deltah.entropy import UNITS
 from deltah.estimates import Estimate
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import batches, in_batches, score_batch, weighted_gradient
-from deltah.taylor import derivatives_along
 from deltah.updates import Direction
 
 

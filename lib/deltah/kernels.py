@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from deltah.derivatives.sample_gradients import SampleGradient, sample_gradients
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
-from deltah.sample_gradients import SampleGradient, sample_gradients
 from deltah.scoring import batches, check_tokens
 
 LEVELS = ("sequence", "token")

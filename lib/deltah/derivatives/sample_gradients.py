@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from deltah.factors import Factors, Formed, Lookup, Output, OutputSlopes, SampleGradient
+from deltah.derivatives.factors import Factors, Formed, Lookup, Output, OutputSlopes, SampleGradient
 from deltah.policies import OutputLayer, Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import log_probs_and_entropies, response_output, score

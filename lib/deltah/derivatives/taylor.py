@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from deltah import vocabulary
-from deltah.jets import RULES, Jet, Refused, aten, coefficient, generic, new_jet, order_of, parts
+from deltah.derivatives.jets import RULES, Jet, Refused, aten, coefficient, generic, new_jet, order_of, parts
 from deltah.vocabulary import Scaling
 
 logger = logging.getLogger(__name__)

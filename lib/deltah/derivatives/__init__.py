@@ -1,0 +1,1 @@
+"""How derivatives are taken through any model; for `dynamics` and `kernels` alone."""
