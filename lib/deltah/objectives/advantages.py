@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -27,7 +28,7 @@ def group_advantages(rewards: Tensor, prompt_index: Tensor, scale: bool = True) 
         raise ValueError(f"rewards: expected shape {list(prompt_index.shape)}, "
                          f"got {None if rewards is None else list(rewards.shape)}")
     _, group, sizes = prompt_index.unique(return_inverse=True, return_counts=True)
-    sums = rewards.new_zeros(len(sizes)).index_add(0, group, rewards)
+    sums = torch.zeros_like(sizes, dtype=rewards.dtype).index_add(0, group, rewards)
     centred = rewards - (sums / sizes)[group]
     if not scale:
         return centred
