@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from deltah.estimates import Estimate
-from deltah.policies import LayerNormWrittenOut, Policy
+from deltah.modes import LayerNormWrittenOut
+from deltah.policies import Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import TokenScores
 

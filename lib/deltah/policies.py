@@ -5,50 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from deltah.modes import forward_mode
+from deltah.output_layers import OutputLayer, find_scaling, watched_output
 from deltah.vocabulary import Scaling
 
 # Entries of its widest tensor that one batch may hold: past 2^22 the CPU spends its time on fresh memory, below 2^28 a
 # GPU idles.
 WIDEST_ON_CPU, WIDEST_ON_GPU = 2**22, 2**28
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-
-
-class LayerNormWrittenOut(TorchFunctionMode):
-    """Inside, layer norm is made of elementary operations.
-
-    PyTorch's own is wrong to second order in nested forward mode: its tangent takes the saved mean and deviation
-    for constants.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (_layer_norm if func is torch.nn.functional.layer_norm else func)(*args, **(kwargs or {}))
-
-
-def _layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
-                eps: float = 1e-5) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    centred = x - x.mean(dims, keepdim=True)
-    normed = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
-    normed = normed if weight is None else normed * weight
-    return normed if bias is None else normed + bias
-
-
-class OutputLayer(NamedTuple):
-    """Turns hidden states h [..., d] into logits `scaling`(h weight^T + bias) [..., V]."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scaling: Scaling
 
 
 class Policy:
@@ -140,58 +112,17 @@ class Policy:
             linear, or the model does more to its logits than scale or soft-cap them, (hidden states, None, logits).
         """
         if self._scaling is None:
-            with self._output_embeddings() as seen:
+            with watched_output(self.model) as seen:
                 logits = self.logits(input_ids, keep, parameters)
             return seen[0][0][:, -keep:], None, logits
-        with self._output_embeddings(lambda x: x.new_zeros(*x.shape[:-1], 1)) as seen:
+        with watched_output(self.model, lambda x: x.new_zeros(*x.shape[:-1], 1)) as seen:
             self.logits(input_ids, keep, parameters)
         hidden, weight, bias = seen[0]
         return hidden[:, -keep:], OutputLayer(weight, bias, self._scaling), None
 
-    @contextlib.contextmanager
-    def _output_embeddings(self, instead: Callable[[Tensor], Tensor] | None = None) -> Iterator[list]:
-        """Inside, the list gets (input, weight, bias) of every call of the output layer, which `instead` answers."""
-        layer, seen = self.model.get_output_embeddings(), []
-        forward = layer.forward
-
-        def watched(hidden):
-            # Read at the call: `run` may have put other parameters in.
-            seen.append((hidden, getattr(layer, "weight", None), getattr(layer, "bias", None)))
-            return (instead or forward)(hidden)
-
-        replaced = layer.__dict__.get("forward")
-        layer.forward = watched
-        try:
-            yield seen
-        finally:
-            del layer.forward
-            if replaced is not None:
-                layer.forward = replaced
-
     @functools.cached_property
     def _scaling(self) -> Scaling | None:
-        """What the model does to x = h W^T + b of its output layer; None where it is no linear layer, or more is done.
-
-        Found by handing the model numbers of our own in the output layer's place, whatever its config calls them.
-        """
-        layer, size = self.model.get_output_embeddings(), self.vocabulary_size
-        hooks = layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__
-        if type(layer) is not torch.nn.Linear or hooks or layer.weight.shape[0] != size:
-            return None
-        # Powers of two, which a factor turns into multiples of itself without rounding.
-        x = torch.pow(2.0, torch.arange(size, device=self.device) % 24 - 10.0).to(self.dtype)
-        x[1::2] *= -1
-        try:
-            with torch.no_grad(), self._output_embeddings(lambda h: x.expand(*h.shape[:-1], size)):
-                z = self.logits(torch.zeros(1, 1, dtype=torch.long, device=self.device), 1)[0, -1]
-        except RuntimeError:
-            return None
-        tolerance = 8 * torch.finfo(z.dtype).eps
-        for scaling in (Scaling(float(z[0] / x[0])), Scaling(1.0, float(z.abs().max()))):
-            wanted = scaling(x.to(torch.promote_types(x.dtype, torch.float32)))
-            if torch.allclose(wanted, z.to(wanted.dtype), rtol=tolerance, atol=0):
-                return scaling
-        return None
+        return find_scaling(self.model, self.vocabulary_size, lambda ids: self.logits(ids, 1))
 
     def run(self, arguments: Mapping[str, Any], parameters: Mapping[str, Tensor] | None = None) -> Any:
         """The model's output for keyword `arguments`, with `parameters` in place of its own where given."""
@@ -201,32 +132,9 @@ class Policy:
 
     @contextlib.contextmanager
     def forward_mode(self) -> Iterator[None]:
-        """Inside, `torch.func.jvp` of the logits is right to any order; on leaving, the model is as it was.
-
-        PyTorch's fused attention has no forward mode: its mathematical form is taken instead, or the model's
-        eager attention where it uses another library's. Its fused layer norm is wrong to second order.
-        """
-        model, attention = self.model, getattr(self.model.config, "_attn_implementation", None)
-        try:
-            if attention not in ("eager", "sdpa", None):
-                model.set_attn_implementation("eager")
-            with self.eager_experts(), sdpa_kernel(SDPBackend.MATH), LayerNormWrittenOut():
-                yield
-        finally:
-            if attention not in ("eager", "sdpa", None):
-                model.set_attn_implementation(attention)
-
-    @contextlib.contextmanager
-    def eager_experts(self) -> Iterator[None]:
-        """Inside, a mixture of experts calls one expert after the other, each with the rows that it was sent."""
-        model, experts = self.model, getattr(self.model.config, "_experts_implementation", None)
-        try:
-            if experts not in ("eager", None):
-                model.set_experts_implementation("eager")
+        """Inside, `torch.func.jvp` of the logits is right to any order; on leaving, the model is as it was."""
+        with forward_mode(self.model):
             yield
-        finally:
-            if experts not in ("eager", None):
-                model.set_experts_implementation(experts)
 
     def shifted(self, direction: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
         """The parameters θ + step · v, for `score(..., parameters=...)`; the model's own stay as they are.

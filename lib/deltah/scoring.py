@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltah.policies import OutputLayer, Policy
+from deltah.output_layers import OutputLayer
+from deltah.policies import Policy
 from deltah.rollouts import Rollouts
 from deltah.vocabulary import linear_log_probs_and_entropies
 

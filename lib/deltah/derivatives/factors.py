@@ -7,12 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deltah.policies import OutputLayer
+from deltah.output_layers import OutputLayer
 from deltah.rollouts import Rollouts
 from deltah.vocabulary import LogProbsAndEntropies, add_product, tile_logits
 
 # Slopes of the output layer that are computed at a time where they are not kept.
 BLOCK = 2**22
+
+
+def matrix_shape(p: Tensor) -> tuple[int, int]:
+    """In which a parameter's gradient is written; a vector is one column."""
+    return (p.numel(), 1) if p.ndim < 2 else (p.shape[:-1].numel(), p.shape[-1])
+
+
+def kind_of(x: Tensor) -> torch.dtype:
+    """In which gradients are computed: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class SampleGradient:

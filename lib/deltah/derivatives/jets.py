@@ -9,7 +9,7 @@ Forward mode nested in itself carries (x, x', x', x'') through a model and compu
 
 A Jet is a tensor without memory of its own. PyTorch hands each of its elementary operations that meets one to a rule
 here, whoever called it; what has no rule, and what reads memory past PyTorch, raises. Here are the rules of operations
-that are linear, and the general one; `taylor` has those of all others.
+that are linear, and the general one; `operations` has those of all others.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def generic(func, args: Sequence, kwargs: Mapping) -> Any:
     return new_jet(value, first, second)
 
 
-# Rules of single operations, by `taylor`.
+# Rules of single operations, by `operations`.
 RULES: dict[Any, Callable] = {}
 # Linear operations other than views, and in which of their arguments.
 LINEAR: dict[Any, tuple[int, ...]] = {
