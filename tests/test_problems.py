@@ -6,28 +6,6 @@ from datasets import Dataset
 
 import deltah as dh
 from conftest import GSM8K, ROOT
-from deltah.problems import normalise_answer
-
-
-@pytest.mark.parametrize("text, answer", [
-    ("9 * 2 = $18\n#### 18", "18"), ("#### 1,234", "1234"), ("#### $12.50", "12.5"), ("#### -3.", "-3"),
-    ("#### 5\n#### 7", "7"), ("####  42  \nextra", "42"), ("no mark", None), ("#### ", ""), ("#### 0.0", "0"),
-])
-def test_extracts_the_final_answer(text, answer):
-    assert dh.extract_answer(text) == answer
-
-
-def test_normalising_keeps_words_and_trailing_zeros_of_integers():
-    assert normalise_answer("100") == "100"
-    assert normalise_answer("blue") == "blue"
-
-
-def test_rewards_need_the_mark_and_the_right_answer():
-    responses = ["#### 18", "18", "#### 18.0", "#### 19", "####", ""]
-    assert dh.score_answers(responses, ["18"] * 6).tolist() == [1, 0, 1, 0, 0, 0]
-    assert dh.score_answers(["#### 4"], ["2+2=4\n#### 4"]).tolist() == [1]
-    with pytest.raises(ValueError, match="answers: expected 1, one for each response, got 2"):
-        dh.score_answers(["a"], ["a", "b"])
 
 
 def test_shipped_problems_load_with_the_documented_columns(problems):
@@ -56,16 +34,83 @@ def test_a_folder_without_the_split_and_a_missing_file_are_named(tmp_path):
 @pytest.mark.parametrize("content, message", [
     ("", "is not readable|holds no problems"),
     ('{"question": "1+1?", "answer": "#### 2"}\n{"question": "2+', "is not readable as .jsonl"),
-    ('{"text": "1+1?"}', "expected a column named prompt or question or problem, got text"),
+    ('{"text": "1+1?"}', "expected a column named prompt or question or problem or messages, got text"),
     ('{"question": "1+1?", "reply": "2"}', "expected a column named answer or solution"),
     ('{"question": "  ", "answer": "2"}', "row 0 .* expected text in 'question'"),
-    ('{"question": "1+1?", "answer": "#### "}', "row 0 .* expected an answer in 'answer'"),
+    ('{"question": "1+1?", "answer": "#### "}', "row 0 .* 'answer': expected an answer, got '#### '"),
+    ('{"question": "1+1?", "answer": "  "}', "row 0 .* 'answer': expected an answer, got '  '"),
+    ('{"question": "1+1?", "answer": 2}\n{"question": "1+2?", "answer": null}',
+     "row 1 .* 'answer': expected text or a number, got None"),
+    ('{"question": "1+1?", "answer": true}', "row 0 .* 'answer': expected text or a number, got True"),
+    ('{"question": 5, "answer": "2"}', "row 0 .* expected text in 'question', got 5"),
+    ('{"prompt": [], "answer": "2"}', "row 0 .* 'prompt': expected at least one message"),
+    ('{"prompt": ["1+1?"], "answer": "2"}', r"row 0 .* 'prompt'\[0\]: expected a message .*, got '1\+1\?'"),
+    ('{"prompt": [{"role": "user"}], "answer": "2"}', r"row 0 .* 'prompt'\[0\]: expected text under 'content'"),
+    ('{"messages": [{"role": "user", "content": "1?"}]}', "row 0 .* the assistant's message at the end of 'messages'"),
+    ('{"messages": [{"role": "assistant", "content": "2"}]}', "row 0 .* 'messages': expected at least one message"),
+    ('{"messages": "1+1?"}', "row 0 .* the assistant's message at the end of 'messages'"),
+    ('{"prompt": "1+1?", "messages": [{"role": "assistant", "content": "2"}]}', "expected a column named answer or"),
 ])
 def test_unreadable_files_are_named(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         dh.load_problems(path, "train")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((None, "train"), "path_or_hub_id: expected a str or Path, got None"), (("x", None), "split: expected"),
+    (("x", 3), "split: expected the name of a split, got 3"), (("x", "train", "yes"), "chat: expected True or False"),
+])
+def test_arguments_of_the_wrong_type_are_named(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        dh.load_problems(*arguments)
+
+
+def written(folder, *rows):
+    path = folder / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_numbers_are_answers(tmp_path):
+    loaded = dh.load_problems(written(tmp_path, {"prompt": "1+1?", "answer": 2}, {"prompt": "0?", "answer": 0}), "t")
+    assert loaded["answer"][:] == ["2", "0"]
+    loaded = dh.load_problems(written(tmp_path, {"question": "1/4?", "answer": .25}), "t")
+    assert loaded["answer"][:] == ["0.25"]
+
+
+def test_an_answer_in_a_box_is_found(tmp_path):
+    row = {"problem": "1/4+1/4?", "solution": r"It is $\boxed{\frac{1}{2}}$."}
+    loaded = dh.load_problems(written(tmp_path, row), "t")[0]
+    assert loaded == {"prompt": "1/4+1/4?\n", "answer": r"\frac{1}{2}", "solution": row["solution"]}
+
+
+SYSTEM, ASKED, TOLD = ({"role": role, "content": text} for role, text in (
+    ("system", "Be brief."), ("user", " 1+1?\n"), ("assistant", "1+1=2\n#### 2")))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("row, prompt", [
+    ({"prompt": [SYSTEM, ASKED], "answer": "2"}, [SYSTEM, ASKED]),
+    ({"question": [ASKED], "solution": "#### 2"}, [ASKED]),
+    ({"messages": [SYSTEM, ASKED, TOLD]}, [SYSTEM, ASKED]),
+    ({"messages": [ASKED, TOLD, ASKED, TOLD]}, [ASKED, TOLD, ASKED]),
+    ({"messages": [ASKED, {**TOLD, "content": "9"}], "answer": "2"}, [ASKED]),
+    ({"messages": [ASKED], "answer": 2}, [ASKED]),
+    ({"prompt": [ASKED], "messages": [SYSTEM, ASKED, {**TOLD, "content": "9"}], "answer": "2"}, [ASKED]),
+])
+def test_conversations_stay_as_they_are(tmp_path, row, prompt, chat):
+    loaded = dh.load_problems(written(tmp_path, row), "t", chat=chat)
+    assert loaded.column_names == ["prompt", "answer", "solution"]
+    assert loaded[0]["prompt"] == prompt and loaded[0]["answer"] == "2"
+
+
+def test_chat_makes_messages_of_plain_questions():
+    path = ROOT / "data" / "problems"
+    plain, chat = dh.load_problems(path, "test"), dh.load_problems(path, "test", chat=True)
+    assert [[{"role": "user", "content": x.removesuffix("\n")}] for x in plain["prompt"]] == chat["prompt"][:]
+    assert plain["answer"][:] == chat["answer"][:]
 
 
 def test_an_unknown_ending_is_named(tmp_path):

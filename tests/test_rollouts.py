@@ -1,14 +1,16 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import deltah as dh
 from conftest import build_model
-from deltah.rollouts import _draw
+from deltah.rollouts import _draw, resample
 
 PROMPTS = ["Ava has 3 eggs.", "Ben has 12 coins. Ben sells 4. How many coins does Ben have?\n", "2"]
 
@@ -48,8 +50,13 @@ def test_lengths_and_parts():
     ({"prompt_index": torch.zeros(3, dtype=torch.long)}, r"prompt_index: expected shape \[2\]"),
     ({"rewards": torch.ones(3)}, r"rewards: expected shape \[2\], got \[3\]"),
     ({"advantages": torch.ones(2, 2)}, r"advantages: expected shape \[2\]"),
-    ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
-    ({"temperature": math.nan}, "temperature: expected a positive number"),
+    ({"temperature": 0.0}, "temperature: expected a number > 0, got 0.0"),
+    ({"temperature": math.nan}, "temperature: expected a number > 0, got nan"),
+    ({"temperature": math.inf}, "temperature: expected a number > 0, got inf"),
+    ({"temperature": torch.tensor(-1.0)}, "temperature: expected a number > 0, got -1.0"),
+    ({"rewards": torch.tensor([1.0, math.nan])}, "rewards: expected finite numbers, got NaN or infinity"),
+    ({"advantages": torch.tensor([1.0, math.nan])}, "advantages: expected finite numbers"),
+    ({"rewards": torch.tensor([1.0, math.inf])}, "rewards: expected finite numbers"),
 ])
 def test_fields_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -57,24 +64,154 @@ def test_fields_that_do_not_fit_are_named(changes, message):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"input_ids": torch.ones(2, 5)}, "input_ids: expected integers, got torch.float32"),
-    ({"attention_mask": torch.ones(2, 5)}, "attention_mask: expected booleans, got torch.float32"),
-    ({"rewards": torch.ones(2, dtype=torch.long)}, "rewards: expected floating-point"),
+    ({"input_ids": torch.ones(2, 5)}, "input_ids: expected integers, got a float32 tensor"),
+    ({"input_ids": torch.ones(2, 5).bool()}, "input_ids: expected integers, got a bool tensor"),
+    ({"attention_mask": torch.ones(2, 5)}, "attention_mask: expected booleans, got a float32 tensor"),
     ({"prompt_index": [0, 1]}, "prompt_index: expected a tensor, got list"),
+    ({"prompt_index": None}, "prompt_index: expected a tensor, got None"),
+    ({"advantages": torch.ones(2).bool()}, "advantages: expected numbers, got a bool tensor"),
+    ({"rewards": torch.ones(2, dtype=torch.complex64)}, "rewards: expected numbers, got a complex64 tensor"),
+    ({"rewards": [0.0, 1.0]}, "rewards: expected a tensor, got list"),
+    ({"rewards": torch.ones(2, device="meta")}, "rewards: expected a dense tensor with values"),
+    ({"rewards": torch.ones(2).to_sparse()}, "rewards: expected a dense tensor with values"),
+    ({"temperature": None}, "temperature: expected a number > 0, got None"),
+    ({"temperature": "1"}, "temperature: expected a number > 0, got '1'"),
+    ({"temperature": torch.ones(2)}, "temperature: expected a number > 0, got a float32 tensor"),
+    ({"temperature": torch.tensor(True)}, "temperature: expected a number > 0, got True"),
 ])
 def test_fields_of_the_wrong_type_are_named(changes, message):
     with pytest.raises(TypeError, match=message):
         make(**changes)
 
 
-def test_saving_round_trips_and_leaves_nothing_else(tmp_path):
-    rollouts = make(rewards=torch.tensor([0.0, 1.0]), temperature=0.7)
+@pytest.mark.parametrize("temperature", [0.5, torch.tensor(0.5), torch.tensor([[0.5]], requires_grad=True),
+                                         np.float32(0.5), np.array(0.5), np.array([0.5])])
+def test_one_number_of_any_library_is_a_temperature(tmp_path, temperature):
+    rollouts = make(temperature=temperature)
+    assert rollouts.temperature == 0.5 and type(rollouts.temperature) is float
     rollouts.save(tmp_path / "a.safetensors")
-    loaded = dh.Rollouts.load(tmp_path / "a.safetensors")
-    for name in ("input_ids", "attention_mask", "response_mask", "prompt_index", "rewards"):
-        assert torch.equal(getattr(loaded, name), getattr(rollouts, name))
-    assert loaded.advantages is None and loaded.temperature == 0.7
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert dh.Rollouts.load(tmp_path / "a.safetensors").temperature == 0.5
+    assert make(temperature=np.int64(2)).temperature == 2.0
+
+
+def test_integers_and_booleans_become_rewards():
+    for rewards in (torch.tensor([0, 1]), torch.tensor([False, True]), torch.tensor([0, 1], dtype=torch.uint8)):
+        found = make(rewards=rewards).rewards
+        assert found.dtype == torch.float32 and found.tolist() == [0, 1]
+    found = make(advantages=torch.tensor([-1, 1])).advantages
+    assert found.dtype == torch.float32 and found.tolist() == [-1, 1]
+    assert make(rewards=torch.ones(2).bfloat16()).rewards.dtype == torch.bfloat16
+
+
+def test_tensors_on_several_devices_are_refused():
+    """There is one device here: a tensor that says it is elsewhere stands for another."""
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda:1")
+
+    with pytest.raises(ValueError, match="prompt_index: expected it on cpu, where input_ids are, got cuda:1"):
+        make(prompt_index=torch.tensor([0, 1]).as_subclass(Elsewhere))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_inference_mode_made_can_take_part_in_a_backward_pass(shipped, inside):
+    with torch.inference_mode():
+        parts = dict(rewards=torch.tensor([0, 1]), advantages=torch.ones(2), input_ids=torch.ones(2, 5).int(),
+                     attention_mask=torch.ones(2, 5).bool(), response_mask=torch.ones(2, 2).bool(),
+                     prompt_index=torch.arange(2))
+        made = [make(**parts), make(**parts).select([1, 0]), dh.sample(shipped, ["a", "b"], 1, 4)] if inside else []
+    for rollouts in made or [make(**parts)]:
+        for tensor in rollouts._tensors().values():
+            assert not tensor.is_inference()
+        log_probs = dh.score(shipped, rollouts).log_probs
+        weights = log_probs * rollouts.response_mask * (rollouts.lengths.float() + rollouts.prompt_index)[:, None]
+        if rollouts.advantages is not None:
+            weights = weights * rollouts.advantages[:, None] * rollouts.rewards[:, None]
+        gradient, = torch.autograd.grad(weights.sum(), [next(iter(shipped.parameters.values()))])
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("rows, kept", [
+    (slice(1, None), [1, 2]), (slice(None, None, 2), [0, 2]), ([2, 0, 0], [2, 0, 0]), ((1,), [1]), (range(2), [0, 1]),
+    (np.array([2, -3]), [2, 0]), (torch.tensor([-1, 1], dtype=torch.int32), [2, 1]), ([True, False, True], [0, 2]),
+    (torch.tensor([False, True, True]), [1, 2]), (np.array([True, False, False]), [0]),
+])
+def test_select_keeps_the_rows_as_asked(rows, kept):
+    three = make().select([0, 1, 1]).replace(prompt_index=torch.arange(3), rewards=torch.tensor([0.1, 0.2, 0.3]))
+    found = three.select(rows)
+    assert found.prompt_index.tolist() == kept
+    for name, tensor in found._tensors().items():
+        assert torch.equal(tensor, getattr(three, name)[torch.tensor(kept)])
+
+
+@pytest.mark.parametrize("rows, error, message", [
+    ([], ValueError, "rows: expected at least one rollout, got none"),
+    (slice(2, None), ValueError, "rows: expected at least one rollout, got none"),
+    ([False, False], ValueError, "rows: expected at least one rollout, got none"),
+    ([True], ValueError, r"rows: expected shape \[2\], got \[1\]"),
+    (torch.ones(3).bool(), ValueError, r"rows: expected shape \[2\], got \[3\]"),
+    (torch.ones(2, 5).bool(), ValueError, r"rows: expected shape \[2\], got \[2, 5\]"),
+    ([0, 2], ValueError, "rows: expected indices of 2 rollouts, got 0 to 2"),
+    ([-3], ValueError, "rows: expected indices of 2 rollouts, got -3 to -3"),
+    (torch.zeros(1, 1).long(), ValueError, r"rows: expected shape \[n\], got \[1, 1\]"),
+    (torch.tensor(1), ValueError, r"rows: expected shape \[n\], got \[\]"),
+    ([0.0], TypeError, "rows: expected integers, got a float32 tensor"),
+    (1, TypeError, "rows: expected a slice, indices or a mask, got 1"),
+    (None, TypeError, "rows: expected a slice, indices or a mask, got None"),
+    ("01", TypeError, "rows: expected a slice, indices or a mask, got '01'"),
+    ({0: 1}, TypeError, "rows: expected a slice, indices or a mask, got dict"),
+    ([None], TypeError, "rows: expected a slice, indices or a mask, got list"),
+    ([[0], [1, 0]], TypeError, "rows: expected a slice, indices or a mask, got list"),
+])
+def test_rows_that_cannot_be_selected_are_named(rows, error, message):
+    with pytest.raises(error, match=message):
+        make().select(rows)
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda r, p: r.to(None), TypeError, "device: expected .* got None"),
+    (lambda r, p: r.to("moon"), ValueError, "device: expected .* got 'moon'"),
+    (lambda r, p: r.replace(reward=1), TypeError, "reward: expected one of the fields input_ids, .*, temperature"),
+    (lambda r, p: r.replace(rewards=1.0), TypeError, "rewards: expected a tensor, got 1.0"),
+    (lambda r, p: r.save(None), TypeError, "path: expected .* got None"),
+    (lambda r, p: r.save(p), IsADirectoryError, "path: expected a file to write, got the folder"),
+    (lambda r, p: r.save(p / "no" / "a"), FileNotFoundError, "path: no folder .*no' to write to"),
+    (lambda r, p: r.load(None), TypeError, "path: expected .* got None"),
+    (lambda r, p: r.load(p), FileNotFoundError, "path: no rollouts file at"),
+])
+def test_wrong_calls_of_rollouts_are_named(tmp_path, call, error, message):
+    with pytest.raises(error, match=message):
+        call(make(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@st.composite
+def any_rollouts(draw):
+    n, p, t = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    prompts = torch.tensor(draw(st.lists(st.integers(1, p), min_size=n, max_size=n)))[:, None] > torch.arange(p).flip(0)
+    responses = torch.tensor(draw(st.lists(st.integers(1, t), min_size=n, max_size=n)))[:, None] > torch.arange(t)
+    attention = torch.cat([prompts, responses], 1)
+    shared = draw(st.booleans())
+    numbers = st.none() | st.lists(st.floats(-2.0**99, 2.0**99, width=32), min_size=n, max_size=n).map(torch.tensor)
+    rewards = draw(numbers)
+    return dh.Rollouts(
+        torch.randint(0, 99, (p + t, n), generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))).T,
+        attention, attention[:, p:] if shared else responses, torch.tensor(draw(st.lists(st.integers(0, 9), min_size=n,
+                                                                                       max_size=n))),
+        rewards, rewards if shared else draw(numbers), draw(st.floats(0, 1e300, exclude_min=True)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(any_rollouts())
+def test_what_is_saved_is_loaded(tmp_path_factory, rollouts):
+    """Tensors that share memory, views and transposed ones included."""
+    folder = tmp_path_factory.mktemp("saved")
+    rollouts.save(folder / "a.safetensors")
+    loaded = dh.Rollouts.load(folder / "a.safetensors")
+    assert loaded._tensors().keys() == rollouts._tensors().keys()
+    for name, tensor in rollouts._tensors().items():
+        assert torch.equal(getattr(loaded, name), tensor) and getattr(loaded, name).dtype == tensor.dtype
+    assert loaded.temperature == rollouts.temperature
+    assert [path.name for path in folder.iterdir()] == ["a.safetensors"]
 
 
 def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
@@ -101,12 +238,30 @@ def test_truncated_files_are_refused(tmp_path, kept):
 
 
 def test_other_files_and_missing_ones_are_refused(tmp_path):
-    from safetensors.torch import save_file
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="expected a file written by Rollouts.save"):
         dh.Rollouts.load(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError, match="path: no rollouts file at"):
         dh.Rollouts.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("tensors, metadata, message", [
+    ({}, {"temperature": None}, "temperature"), ({}, {"temperature": "warm"}, "warm"),
+    ({}, {"temperature": "nan"}, "temperature: expected"), ({}, {"temperature": "-1.0"}, "temperature: expected"),
+    ({}, {"temperature": "tensor(0.5)"}, "tensor"), ({"input_ids": None}, {}, "input_ids"),
+    ({"extra": torch.ones(1)}, {}, "extra"), ({"temperature": torch.ones(1)}, {}, "temperature"),
+    ({"input_ids": torch.ones(2, 5)}, {}, "input_ids: expected integers"),
+    ({"rewards": torch.ones(3)}, {}, "rewards: expected shape"), ({"prompt_index": torch.ones(())}, {}, "prompt_index"),
+    ({"rewards": torch.tensor([1.0, math.nan])}, {}, "rewards: expected finite"),
+])
+def test_a_file_that_does_not_hold_what_save_writes_is_refused(tmp_path, tensors, metadata, message):
+    path = tmp_path / "a.safetensors"
+    whole = {**make()._tensors(), **tensors}
+    described = {"format": "deltah.rollouts/1", "temperature": "1.0", **metadata}
+    save_file({k: v for k, v in whole.items() if v is not None}, path,
+              metadata={k: v for k, v in described.items() if v is not None})
+    with pytest.raises(ValueError, match=f"path: .*a.safetensors' does not hold what Rollouts.save writes .*{message}"):
+        dh.Rollouts.load(path)
 
 
 def test_the_same_seed_gives_the_same_tokens_whatever_the_batch_size(random_policy):
@@ -232,11 +387,64 @@ def test_bad_arguments_are_named(shipped, arguments, message):
         dh.sample(shipped, **{"prompts": ["a"], **arguments})
 
 
-def test_prompts_of_the_wrong_type_are_named(shipped):
-    with pytest.raises(TypeError, match="prompts: expected a list of strings, got a single string"):
-        dh.sample(shipped, "a prompt")
-    with pytest.raises(TypeError, match=r"prompts\[1\]: expected a string, got int"):
-        dh.sample(shipped, ["a", 3])
+@pytest.mark.parametrize("arguments, message", [
+    ({"policy": None}, "policy: expected a Policy, got None"), ({"policy": "data/policy"}, "policy: expected a Policy"),
+    ({"prompts": "a prompt"}, "prompts: expected a list of strings, got a single string"),
+    ({"prompts": ["a", 3]}, r"prompts\[1\]: expected a string or a list of messages, got 3"),
+    ({"prompts": {"prompt": ["a"]}}, "prompts: expected a Dataset, or .* got dict"),
+    ({"prompts": {"a", "b"}}, "prompts: expected a Dataset, or .* got set"),
+    ({"prompts": None}, "prompts: expected a Dataset, or .* got None"),
+    ({"prompts": 3}, "prompts: expected a Dataset, or .* got 3"),
+    ({"prompts": torch.ones(2)}, r"prompts\[0\]: expected a string or a list of messages, got a float32 tensor"),
+    ({"prompts": Dataset.from_dict({"prompt": [1]})}, r"prompts\[0\]: expected a string or .* got 1"),
+    ({"responses_per_prompt": None}, "responses_per_prompt: expected an integer ≥ 1, got None"),
+    ({"responses_per_prompt": "2"}, "responses_per_prompt: expected an integer ≥ 1, got '2'"),
+    ({"max_new_tokens": [4]}, "max_new_tokens: expected an integer ≥ 1, got list"),
+    ({"max_new_tokens": True}, "max_new_tokens: expected an integer ≥ 1, got True"),
+    ({"temperature": "1"}, "temperature: expected a number > 0, got '1'"),
+    ({"temperature": torch.ones(2)}, "temperature: expected a number > 0, got a float32 tensor"),
+    ({"top_k": [3]}, "top_k: expected an integer ≥ 1, got list"), ({"top_p": "0.5"}, "top_p: expected a number"),
+    ({"seed": None}, "seed: expected an integer ≥ 0, got None"),
+    ({"batch_size": {}}, "batch_size: expected an integer ≥ 1, got dict"),
+    ({"chat": "yes"}, "chat: expected True or False, got 'yes'"),
+])
+def test_arguments_of_the_wrong_type_are_named(shipped, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        dh.sample(**{"policy": shipped, "prompts": ["a"], **arguments})
+
+
+def test_prompts_may_come_from_anywhere(shipped, problems):
+    expected = dh.sample(shipped, PROMPTS, 2, 4)
+    for prompts in (tuple(PROMPTS), iter(PROMPTS), (prompt for prompt in PROMPTS), np.array(PROMPTS),
+                    Dataset.from_dict({"prompt": PROMPTS}), Dataset.from_dict({"prompt": PROMPTS})["prompt"]):
+        assert torch.equal(dh.sample(shipped, prompts, 2, 4).input_ids, expected.input_ids)
+
+
+def test_numbers_may_be_numpys(shipped):
+    expected = dh.sample(shipped, PROMPTS, 2, 4, temperature=0.5, top_k=3, top_p=0.5, seed=1, batch_size=2)
+    found = dh.sample(shipped, PROMPTS, np.int64(2), np.int32(4), np.float32(0.5), torch.tensor(3), np.float64(0.5),
+                      np.uint8(1), np.int64(2))
+    assert torch.equal(found.input_ids, expected.input_ids) and type(found.temperature) is float
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ({"policy": None}, TypeError, "policy: expected a Policy"),
+    ({"rollouts": None}, TypeError, "rollouts: expected a Rollouts, got None"),
+    ({"keep": [1, 1]}, TypeError, "keep: expected a tensor, got list"),
+    ({"keep": torch.ones(3).long()}, ValueError, r"keep: expected shape \[2\], got \[3\]"),
+    ({"keep": torch.tensor([0, 1])}, ValueError, "keep: expected numbers between 1 and .* got 0 to 1"),
+    ({"keep": torch.tensor([2, 2])}, ValueError, "keep: expected numbers between 1 and .* got 2 to 2"),
+    ({"keep": torch.tensor([2, 1]), "uniforms": torch.zeros(2, 1)}, ValueError, "keep: .* up to 1, got 1 to 2"),
+    ({"uniforms": torch.ones(2, 3).long()}, TypeError, "uniforms: expected floating-point numbers"),
+    ({"uniforms": torch.zeros(1, 3)}, ValueError, r"uniforms: expected shape \[2, T'\], got \[1, 3\]"),
+    ({"uniforms": torch.ones(2, 3)}, ValueError, "uniforms: expected numbers ≥ 0 and < 1"),
+    ({"uniforms": torch.full((2, 3), math.nan)}, ValueError, "uniforms: expected numbers ≥ 0 and < 1"),
+    ({"batch_size": 0}, ValueError, "batch_size: expected an integer ≥ 1, got 0"),
+])
+def test_wrong_calls_of_resample_are_named(shipped, arguments, error, message):
+    usual = {"policy": shipped, "rollouts": make(), "keep": torch.ones(2).long(), "uniforms": torch.zeros(2, 3)}
+    with pytest.raises(error, match=message):
+        resample(**{**usual, **arguments})
 
 
 def test_a_policy_without_tokenizer_says_so(shipped):

@@ -1,6 +1,6 @@
 """deltah: what one reinforcement-learning step does to the entropy of a language model."""
 
-from deltah import exact, objectives, statistics, training
+from deltah import exact, objectives, rewards, statistics, training
 from deltah.book import figures, ledger
 from deltah.book.ledger import Ledger
 from deltah.dynamics import (
@@ -16,7 +16,8 @@ from deltah.estimates import Estimate
 from deltah.kernels import fisher_kernel, fisher_sketch
 from deltah.measurement import measured_entropy_change
 from deltah.policies import Policy, load_policy
-from deltah.problems import extract_answer, load_problems, score_answers
+from deltah.problems import load_problems
+from deltah.rewards import extract_answer, score_answers
 from deltah.rollouts import Rollouts, sample
 from deltah.scoring import TokenScores, log_probs_and_entropies, score
 from deltah.statistics import TwoSampleProduct, UStatistic, two_sample_product, u_statistic
@@ -27,6 +28,6 @@ __all__ = ["Attribution", "CriticalLearningRate", "Direction", "EntropyChange", 
            "Rollouts", "TokenScores", "TwoSampleProduct", "UStatistic", "attribution", "control_variate",
            "critical_learning_rate", "entropy", "entropy_change", "exact", "extract_answer", "figures",
            "fisher_kernel", "fisher_sketch", "ledger", "linear_log_probs_and_entropies", "load_policy",
-           "load_problems", "log_probs_and_entropies", "measured_entropy_change", "objectives", "sample", "score",
-           "score_answers", "statistics", "training", "truncated_entropy", "two_sample_product", "u_statistic",
-           "update_direction", "variance_decomposition"]
+           "load_problems", "log_probs_and_entropies", "measured_entropy_change", "objectives", "rewards", "sample",
+           "score", "score_answers", "statistics", "training", "truncated_entropy", "two_sample_product",
+           "u_statistic", "update_direction", "variance_decomposition"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from deltah import checks
 from deltah.modes import forward_mode
 from deltah.output_layers import OutputLayer, find_scaling, watched_output
+from deltah.prompts import Prompt, encode
 from deltah.vocabulary import Scaling
 
 # Entries of its widest tensor that one batch may hold: past 2^22 the CPU spends its time on fresh memory, below 2^28 a
@@ -167,31 +169,40 @@ class Policy:
             arguments["position_ids"] = positions[:, -arguments["input_ids"].shape[1]:]
         return {"attention_mask": attention_mask.long(), "use_cache": True, **arguments}
 
-    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+    def encode(self, prompts: Iterable[Prompt]) -> list[list[int]]:
         """Token ids of each prompt, special tokens included.
 
+        Args:
+            prompts: texts, which are tokenized as they stand (but for a second beginning-of-sequence token, which is
+                left out), or lists of messages {"role", "content"}, for which the tokenizer's chat template is used:
+                it asks for an answer after the last message, and continues that where it is the assistant's.
+
         Raises:
-            ValueError: no prompts, an empty one, or a policy without a tokenizer.
-            TypeError: a prompt that is not a string.
+            ValueError: no prompts, an empty one, messages that the template does not take or for which there is none,
+                or a policy without a tokenizer.
+            TypeError: a prompt that is neither text nor a list of messages.
+
+        >>> policy.encode(["2+2=", [{"role": "user", "content": "2+2?"}]])       # doctest: +SKIP
+        [[18, 11, 18, 29], [0, 18, 11, 18, 31, 1]]
         """
         if self.tokenizer is None:
             raise ValueError("policy: has no tokenizer to read prompts with; pass one to Policy(model, tokenizer)")
-        if isinstance(prompts, str):
-            raise TypeError("prompts: expected a list of strings, got a single string")
-        prompts = list(prompts)
-        if not prompts:
-            raise ValueError("prompts: expected at least one prompt, got none")
-        for i, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise TypeError(f"prompts[{i}]: expected a string, got {type(prompt).__name__}")
-        encoded = self.tokenizer(prompts)["input_ids"]
-        for i, ids in enumerate(encoded):
-            if not ids:
-                raise ValueError(f"prompts[{i}]: expected some text, got {prompts[i]!r}, which has no tokens")
-        return encoded
+        return encode(self.tokenizer, prompts)
 
     def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
-        """The text of each row's tokens where `mask` [N, T] is True, special tokens left out."""
+        """The text of each row's tokens [N, T] where `mask` [N, T] is True, special tokens left out.
+
+        Raises:
+            ValueError: a policy without a tokenizer, or shapes that differ.
+            TypeError: something else than integers and booleans.
+
+        >>> policy.decode(rollouts.response_ids, rollouts.response_mask)         # doctest: +SKIP
+        ['4\\n#### 4']
+        """
+        if self.tokenizer is None:
+            raise ValueError("policy: has no tokenizer to write texts with; pass one to Policy(model, tokenizer)")
+        checks.tensor("tokens", tokens, ("N", "T"), "integer")
+        checks.tensor("mask", mask, tuple(tokens.shape), "boolean")
         rows = [row[kept].tolist() for row, kept in zip(tokens.cpu(), mask.cpu(), strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
@@ -224,7 +235,7 @@ def load_policy(path: str | Path, device: str | torch.device = "auto", dtype: st
     if str(dtype).removeprefix("torch.") not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {str(dtype)!r}")
     dtype = DTYPES[str(dtype).removeprefix("torch.")]
-    device = _find_device(device)
+    device = find_device(device)
     expected = "expected a folder with config.json, model.safetensors and a tokenizer, or a hub id"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -240,7 +251,7 @@ def load_policy(path: str | Path, device: str | torch.device = "auto", dtype: st
     return Policy(model.to(device), tokenizer)
 
 
-def _find_device(device: str | torch.device) -> torch.device:
+def find_device(device: str | torch.device) -> torch.device:
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,58 +1,73 @@
-"""Problems: prompts with known answers, as a `datasets.Dataset`, and the reward of a response."""
+"""Problems: prompts with known answers, as a `datasets.Dataset`."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from datasets import Dataset, get_dataset_config_names, load_dataset
-from torch import Tensor
 
-PROMPT_COLUMNS = ("prompt", "question", "problem")
+from deltah import checks
+from deltah.prompts import Prompt, as_messages, check_messages
+from deltah.rewards import ANSWER_MARK, answer_text, final_answer, normalise_answer
+
+# Of the last, the assistant's message at the end is the answer.
+CONVERSATIONS = "messages"
+PROMPT_COLUMNS = ("prompt", "question", "problem", CONVERSATIONS)
 ANSWER_COLUMNS = ("answer", "solution")
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-# What GSM8K puts before a worked answer's result.
-ANSWER_MARK = "####"
 
 
-def load_problems(path_or_hub_id: str | Path, split: str) -> Dataset:
+def load_problems(path_or_hub_id: str | Path, split: str, chat: bool = False) -> Dataset:
     """Load problems from a folder, a file or the Hugging Face hub.
+
+    A prompt is looked for in the columns `prompt`, `question`, `problem` and `messages`, an answer in `answer` and
+    `solution`. Conversational data, as TRL has them, stay as they are: lists of messages {"role", "content"}. Of a
+    conversation in `messages`, the assistant's message at the end is no part of the prompt, and is the answer where no
+    column has one.
 
     Args:
         path_or_hub_id: a folder that holds `<split>.jsonl` (or .json, .csv, .parquet), one such file, or a
             hub id such as "openai/gsm8k"; of several configurations on the hub, "main" is taken.
         split: "train", "test", ...; of a single file, it is the name of the whole.
+        chat: make plain questions the message of a user, for models that have been trained to chat.
 
     Returns:
-        A Dataset with the columns `prompt` (the question and a line break), `answer` (the final answer, what
-        follows "####" where that occurs) and `solution` (the worked answer as it stands in the source).
+        A Dataset with the columns `prompt` (the question and a line break, or messages), `answer` (the final answer:
+        what follows "####" or stands in \\boxed{...} where they occur) and `solution` (the worked answer as it
+        stands in the source).
 
     Raises:
         FileNotFoundError: a path that looks local and does not exist, or a folder without the split.
         ValueError: an unreadable or empty source, or one that lacks a prompt or an answer.
+        TypeError: an argument of the wrong type.
 
     >>> load_problems("data/problems", "test")[0]["answer"]                  # doctest: +SKIP
     '22'
+    >>> load_problems("openai/gsm8k", "test", chat=True)[0]["prompt"]        # doctest: +SKIP
+    [{'content': 'Janet’s ducks lay 16 eggs per day. ...', 'role': 'user'}]
     """
+    checks.instance("path_or_hub_id", path_or_hub_id, (str, Path))
+    checks.instance("split", split, str, "the name of a split")
+    checks.boolean("chat", chat)
     table = _read(path_or_hub_id, split)
     if len(table) == 0:
         raise ValueError(f"path_or_hub_id: {str(path_or_hub_id)!r} holds no problems for split {split!r}")
-    prompt = _column(table, PROMPT_COLUMNS, path_or_hub_id)
-    answer = _column(table, ANSWER_COLUMNS, path_or_hub_id)
+    prompt_column = _column(table, PROMPT_COLUMNS, path_or_hub_id)
+    answered = prompt_column == CONVERSATIONS and not set(ANSWER_COLUMNS) & set(table.column_names)
+    answer_column = None if answered else _column(table, ANSWER_COLUMNS, path_or_hub_id)
     problems = {"prompt": [], "answer": [], "solution": []}
     for i, row in enumerate(table):
-        question, solution = row[prompt], str(row[answer] if row[answer] is not None else "").strip()
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"path_or_hub_id: row {i} of {str(path_or_hub_id)!r}: expected text in {prompt!r}, "
-                             f"got {question!r}")
-        final = extract_answer(solution) if ANSWER_MARK in solution else solution
-        if not final:
-            raise ValueError(f"path_or_hub_id: row {i} of {str(path_or_hub_id)!r}: expected an answer in {answer!r}, "
-                             f"got {row[answer]!r}")
-        problems["prompt"].append(question.strip() + "\n")
-        problems["answer"].append(final)
+        try:
+            prompt, solution = _prompt_and_solution(row, prompt_column, answer_column)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"path_or_hub_id: row {i} of {str(path_or_hub_id)!r}: {error}") from error
+        if isinstance(prompt, str):
+            prompt = as_messages(prompt) if chat else prompt.strip() + "\n"
+        final = final_answer(solution)
+        problems["prompt"].append(prompt)
+        problems["answer"].append(normalise_answer(final) if ANSWER_MARK in solution else final)
         problems["solution"].append(solution)
     return Dataset.from_dict(problems)
 
@@ -97,48 +112,18 @@ def _column(table: Dataset, names: Sequence[str], source: str | Path) -> str:
                      f"got {', '.join(table.column_names)}")
 
 
-def extract_answer(text: str) -> str | None:
-    """The final answer of a worked solution: what follows the last "####" on its line, normalised.
-
-    Thousands separators, currency signs and a trailing period go, and a whole number loses its ".0".
-
-    >>> extract_answer("16 - 3 - 4 = 9 eggs, 9 * 2 = $18\\n#### $1,018.00")
-    '1018'
-    >>> extract_answer("no mark") is None
-    True
-    """
-    if ANSWER_MARK not in text:
-        return None
-    return normalise_answer(text.rsplit(ANSWER_MARK, 1)[1].strip().split("\n")[0])
-
-
-def normalise_answer(answer: str) -> str:
-    """One spelling for equal answers: see `extract_answer`."""
-    answer = re.sub(r"[$€£%\s]", "", answer).rstrip(".")
-    if re.fullmatch(r"[-+]?[\d,]*\.?\d+", answer):
-        answer = answer.replace(",", "").removeprefix("+")
-        if "." in answer:
-            answer = answer.rstrip("0").rstrip(".")
-    return answer
-
-
-def score_answers(responses: Sequence[str], answers: Sequence[str]) -> Tensor:
-    """The reward of each response: 1 where the answer after its last "####" is the right one, else 0.
-
-    Args:
-        responses: N generated texts.
-        answers: N final answers, or worked answers that contain "####".
-
-    Returns:
-        [N] float32.
-
-    Raises:
-        ValueError: as many answers as responses are expected.
-
-    >>> score_answers(["2+2=4\\n#### 4", "#### 5"], ["4", "4"])
-    tensor([1., 0.])
-    """
-    if len(responses) != len(answers):
-        raise ValueError(f"answers: expected {len(responses)}, one for each response, got {len(answers)}")
-    expected = [extract_answer(a) if ANSWER_MARK in a else normalise_answer(a) for a in answers]
-    return torch.tensor([float(extract_answer(r) == e) for r, e in zip(responses, expected, strict=True)])
+def _prompt_and_solution(row: Mapping[str, Any], prompt_column: str, answer_column: str | None) -> tuple[Prompt, str]:
+    """What is asked, as it stands, and the worked answer."""
+    prompt = row[prompt_column]
+    if isinstance(prompt, list):
+        check_messages(repr(prompt_column), prompt)
+    elif not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"expected text in {prompt_column!r}, got {prompt!r}")
+    answered = prompt_column == CONVERSATIONS and isinstance(prompt, list) and prompt[-1]["role"] == "assistant"
+    if not (answered or answer_column):
+        raise ValueError(f"expected the assistant's message at the end of {prompt_column!r}")
+    value = row[answer_column] if answer_column else prompt[-1]["content"]
+    if answered:
+        prompt = prompt[:-1]
+        check_messages(repr(prompt_column), prompt)
+    return prompt, answer_text(repr(answer_column or prompt_column), value).strip()

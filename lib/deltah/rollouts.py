@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
-from deltah.policies import Policy
-from deltah.problems import score_answers
+from deltah import checks
+from deltah.policies import Policy, find_device
+from deltah.prompts import Prompt, check_prompts, conversational, has_template
+from deltah.rewards import Reward, Rows, find_reward, rewarded
 
 FORMAT = "deltah.rollouts/1"
+KINDS = {"input_ids": "integer", "attention_mask": "mask", "response_mask": "mask", "prompt_index": "integer",
+         "rewards": "number", "advantages": "number"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +36,16 @@ class Rollouts:
         attention_mask: [N, P+T] bool, True at the tokens of prompt and response.
         response_mask: [N, T] bool, True from the response's first token to its first EOS, inclusive.
         prompt_index: [N] int64; rollouts of one prompt share it: the unit of sampling.
-        rewards: [N] floating, or None.
-        advantages: [N] floating, or None.
+        rewards: [N] floating, or None; integers and booleans become float32.
+        advantages: [N] floating, or None; integers become float32.
         temperature: at which the responses were sampled, and are to be scored.
 
+    Tensors made under `torch.inference_mode` are copied into normal ones, which can take part in a backward pass.
+
     Raises:
-        ValueError: shapes that do not fit each other, a mask with a hole, an empty prompt or response, or a
-            temperature that is not positive. TypeError: a field of the wrong type.
+        ValueError: shapes that do not fit each other, tensors on several devices, a mask with a hole, an empty prompt
+            or response, rewards or advantages that are not finite, or a temperature that is not positive.
+        TypeError: a field of the wrong type.
     """
 
     input_ids: Tensor
@@ -49,9 +57,15 @@ class Rollouts:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, kind in (("input_ids", "integer"), ("attention_mask", "mask"), ("response_mask", "mask"),
-                           ("prompt_index", "integer"), ("rewards", "number"), ("advantages", "number")):
-            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+        # Without inference mode, so that what is converted here can take part in a backward pass.
+        with torch.inference_mode(False):
+            for name, kind in KINDS.items():
+                object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+        object.__setattr__(self, "temperature", _one_number("temperature", self.temperature))
+        for name, value in self._tensors().items():
+            if value.device != self.input_ids.device:
+                raise ValueError(f"{name}: expected it on {self.input_ids.device}, where input_ids are, "
+                                 f"got {value.device}")
         if self.input_ids.ndim != 2 or 0 in self.input_ids.shape:
             raise ValueError(f"input_ids: expected shape [N, P+T], got {list(self.input_ids.shape)}")
         n, width = self.input_ids.shape
@@ -72,8 +86,6 @@ class Rollouts:
         _check_runs("response_mask: expected a token in every response; row {} is empty", ~self.response_mask[:, :1])
         _check_runs("attention_mask: expected True wherever response_mask is; row {} is not",
                     self.response_mask & ~response)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -93,38 +105,63 @@ class Rollouts:
         """[N], tokens in each response, its EOS included."""
         return self.response_mask.sum(1)
 
-    def replace(self, **changes: Tensor | float) -> Rollouts:
+    def replace(self, **changes: Any) -> Rollouts:
         """A copy with some fields changed, such as `advantages`."""
+        names = [field.name for field in fields(self)]
+        for name in changes:
+            if name not in names:
+                raise TypeError(f"{name}: expected one of the fields {', '.join(names)}")
         return replace(self, **changes)
 
-    def select(self, rows: Tensor | slice) -> Rollouts:
-        """The rollouts at `rows`: a slice, indices, or a mask [N]."""
+    def select(self, rows: Tensor | Sequence[int] | slice) -> Rollouts:
+        """The rollouts at `rows`, in that order: a slice, indices, or a mask [N].
+
+        Raises:
+            ValueError: no rows, indices out of range, or a mask of another length. TypeError: anything else.
+        """
+        if not isinstance(rows, slice):
+            rows = self._indices(rows)
+        elif not range(len(self))[rows]:
+            raise ValueError("rows: expected at least one rollout, got none")
         return replace(self, **{name: value[rows] for name, value in self._tensors().items()})
 
     def to(self, device: torch.device | str) -> Rollouts:
-        """The same rollouts on another device."""
+        """The same rollouts on another device, named as in `load_policy`. ValueError: there is no such device."""
+        checks.instance("device", device, (str, torch.device))
+        device = find_device(device)
         return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, under a temporary name that then takes the file's place."""
-        path = Path(path)
+        """Write to a safetensors file, under a temporary name that then takes the file's place.
+
+        Raises:
+            FileNotFoundError: no folder to write to. IsADirectoryError: a folder at `path`.
+        """
+        path = Path(checks.instance("path", path, (str, os.PathLike)))
+        if path.is_dir():
+            raise IsADirectoryError(f"path: expected a file to write, got the folder {str(path)!r}")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"path: no folder {str(path.parent)!r} to write to")
         partial = path.with_name(f".{path.name}.partial")
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self._tensors().items()}
+        # Copies, because the format refuses tensors that share memory.
+        tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                   for name, value in self._tensors().items()}
         try:
-            save_file(tensors, partial, metadata={"format": FORMAT, "temperature": repr(float(self.temperature))})
+            save_file(tensors, partial, metadata={"format": FORMAT, "temperature": repr(self.temperature)})
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Rollouts:
-        """Read what `save` wrote.
+        """Read what `save` wrote, onto the CPU.
 
         Raises:
-            FileNotFoundError: nothing at `path`.
+            FileNotFoundError: nothing at `path`, or a folder.
             ValueError: a file that is truncated, or holds something else than rollouts.
         """
-        if not Path(path).is_file():
+        path = Path(checks.instance("path", path, (str, os.PathLike)))
+        if not path.is_file():
             raise FileNotFoundError(f"path: no rollouts file at {str(path)!r}")
         try:
             with safe_open(path, "pt") as file:
@@ -135,7 +172,27 @@ class Rollouts:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"path: {str(path)!r} is truncated or no safetensors file ({error})") from error
-        return cls(**tensors, temperature=float(metadata["temperature"]))
+        try:
+            return cls(**tensors, temperature=float(metadata["temperature"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"path: {str(path)!r} does not hold what Rollouts.save writes ({error})") from error
+
+    def _indices(self, rows: Tensor | Sequence[int]) -> Tensor:
+        if not isinstance(rows, (Tensor, np.ndarray, Sequence)) or isinstance(rows, str):
+            raise TypeError(f"rows: expected a slice, indices or a mask, got {checks.shown(rows)}")
+        try:
+            rows = torch.as_tensor(rows, device=self.input_ids.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"rows: expected a slice, indices or a mask, got {checks.shown(rows)} ({error})") from error
+        if rows.dtype == torch.bool:
+            rows = checks.tensor("rows", rows, (len(self),)).nonzero()[:, 0]
+        if rows.numel() == 0:
+            raise ValueError("rows: expected at least one rollout, got none")
+        rows = checks.tensor("rows", rows, ("n",), "integer").long()
+        if rows.min() < -len(self) or rows.max() >= len(self):
+            raise ValueError(f"rows: expected indices of {len(self)} rollouts, got {int(rows.min())} to "
+                             f"{int(rows.max())}")
+        return rows
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -143,22 +200,32 @@ class Rollouts:
 
 
 def _checked(name: str, value: Tensor | None, kind: str) -> Tensor | None:
+    """A field of the dtype that it has from now on, and no tensor of inference mode."""
     if value is None and kind == "number":
         return None
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if kind == "number":
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: expected floating-point numbers, got {value.dtype}")
-        return value
-    if value.is_floating_point() or value.is_complex():
-        raise TypeError(f"{name}: expected {'booleans' if kind == 'mask' else 'integers'}, got {value.dtype}")
-    if kind == "mask":
+    checks.tensor(name, value)
+    if value.is_meta or value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor with values, got {value.layout} on {value.device}")
+    if kind == "integer":
+        value = checks.tensor(name, value, kind="integer").long()
+    elif kind == "mask":
+        if value.is_floating_point() or value.is_complex():
+            raise TypeError(f"{name}: expected booleans, got {checks.shown(value)}")
         # Masks of 0 and 1 are what tokenizers return.
         if value.dtype != torch.bool and not ((value == 0) | (value == 1)).all():
             raise ValueError(f"{name}: expected booleans, got integers other than 0 and 1")
-        return value.bool()
-    return value.long()
+        value = value.bool()
+    else:
+        if not value.is_floating_point():
+            boolean = value.dtype == torch.bool and name == "rewards"
+            value = (value if boolean else checks.tensor(name, value, kind="number")).float()
+        checks.tensor(name, value, finite=True)
+    return value.clone() if value.is_inference() else value
+
+
+def _one_number(name: str, value: Any) -> float:
+    single = isinstance(value, (Tensor, np.ndarray)) and value.reshape(-1).shape == (1,)
+    return checks.number(name, value.item() if single else value, above=0)
 
 
 def _check_runs(message: str, wrong: Tensor) -> None:
@@ -166,9 +233,9 @@ def _check_runs(message: str, wrong: Tensor) -> None:
         raise ValueError(message.format(int(wrong.any(1).nonzero()[0])))
 
 
-def sample(policy: Policy, prompts: Dataset | Sequence[str], responses_per_prompt: int = 8, max_new_tokens: int = 64,
+def sample(policy: Policy, prompts: Dataset | Iterable[Prompt], responses_per_prompt: int = 8, max_new_tokens: int = 64,
            temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
-           batch_size: int | None = None) -> Rollouts:
+           batch_size: int | None = None, reward: str | Reward | None = None, chat: bool | None = None) -> Rollouts:
     """Sample responses to prompts, with a KV cache; the same seed gives the same tokens.
 
     Each rollout and position has one uniform number of its own, drawn on the CPU, which picks the token
@@ -177,8 +244,8 @@ def sample(policy: Policy, prompts: Dataset | Sequence[str], responses_per_promp
 
     Args:
         policy: the policy, with a tokenizer.
-        prompts: B strings, or a Dataset with a `prompt` column; `rewards` are filled in when it also has
-            `answer`.
+        prompts: B texts or conversations (lists of messages {"role", "content"}), or a Dataset with a `prompt` column
+            of either. The tokenizer's chat template reads conversations.
         responses_per_prompt: responses to each prompt; rollouts of a prompt are adjacent.
         max_new_tokens: T at most; a response ends with its first EOS, which counts as a token, or here.
         temperature: divides the logits.
@@ -187,33 +254,44 @@ def sample(policy: Policy, prompts: Dataset | Sequence[str], responses_per_promp
             the responses are not drawn from the distribution that `score` evaluates.
         seed: of the random numbers.
         batch_size: rollouts at a time; None: as many as suit the device.
+        reward: a function of (texts, rows), with the N decoded responses and the Dataset's row of each as a dict
+            ({"prompt": ...} without a Dataset), that returns N finite numbers; or the name of one in `deltah.rewards`:
+            "answer", "last_number", "boxed" or "math". None: "answer" where a Dataset has that column, else none.
+            The named ones read the column `answer`, before the first token is sampled too.
+        chat: whether a plain text is the message of a user. None: it is in a Dataset, where the tokenizer has a chat
+            template, and stands as it is in a list, where it may be formatted already.
 
     Returns:
-        N = B · responses_per_prompt rollouts, on the policy's device.
+        N = B · responses_per_prompt rollouts, on the policy's device; `rewards` are float32.
 
     Raises:
+        TypeError: an argument of the wrong type.
         ValueError: an argument out of range, no prompts, an empty one, one that does not fit the model's
-            context with its response, or logits that are NaN.
+            context with its response, messages without a chat template, an answer that is missing, or logits that
+            are NaN.
+        ImportError: "math" without the package math-verify.
+        RewardError: the reward function failed. What was sampled is in the error's `rollouts`.
 
     >>> sample(policy, ["2+2="], responses_per_prompt=3, max_new_tokens=5).response_mask.shape  # doctest: +SKIP
     torch.Size([3, 5])
+    >>> short = lambda texts, rows: [-len(text) for text in texts]                              # doctest: +SKIP
+    >>> sample(policy, ["2+2="], responses_per_prompt=3, reward=short).rewards                  # doctest: +SKIP
+    tensor([-7., -9., -7.])
     """
-    _check_range("responses_per_prompt", responses_per_prompt, int, minimum=1)
-    _check_range("max_new_tokens", max_new_tokens, int, minimum=1)
-    _check_range("seed", seed, int, minimum=0)
-    _check_range("temperature", temperature, (int, float), above=0)
-    if top_k is not None:
-        _check_range("top_k", top_k, int, minimum=1)
-    if top_p is not None:
-        _check_range("top_p", top_p, (int, float), above=0, maximum=1)
-    if batch_size is not None:
-        _check_range("batch_size", batch_size, int, minimum=1)
-    answers = None
-    if isinstance(prompts, Dataset):
-        if "prompt" not in prompts.column_names:
-            raise ValueError(f"prompts: expected a column 'prompt', got {', '.join(prompts.column_names)}")
-        answers = prompts["answer"] if "answer" in prompts.column_names else None
-        prompts = list(prompts["prompt"])
+    checks.instance("policy", policy, Policy)
+    responses_per_prompt = checks.integer("responses_per_prompt", responses_per_prompt, minimum=1)
+    max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, minimum=1)
+    seed = checks.integer("seed", seed, minimum=0)
+    temperature = _one_number("temperature", temperature)
+    top_k = top_k if top_k is None else checks.integer("top_k", top_k, minimum=1)
+    top_p = top_p if top_p is None else checks.number("top_p", top_p, above=0, maximum=1)
+    batch_size = batch_size if batch_size is None else checks.integer("batch_size", batch_size, minimum=1)
+    chat = chat if chat is None else checks.boolean("chat", chat)
+    of_a_dataset = isinstance(prompts, Dataset)
+    prompts, data = _prompts_and_rows(prompts)
+    reward = find_reward(reward, data)
+    if chat or chat is None and of_a_dataset and has_template(policy.tokenizer):
+        prompts = conversational(prompts)
     encoded = policy.encode(prompts)
     _check_context(policy, encoded, max_new_tokens)
 
@@ -235,15 +313,15 @@ def sample(policy: Policy, prompts: Dataset | Sequence[str], responses_per_promp
     width = int(response_mask.sum(1).max())
     response_ids, response_mask = response_ids[:, :width], response_mask[:, :width]
     prompt_ids, prompt_mask = _left_pad(encoded, policy.device)
-    rewards = None
-    if answers is not None:
-        texts = policy.decode(response_ids, response_mask)
-        rewards = score_answers(texts, [answers[i] for i in prompt_index.tolist()]).to(policy.device)
+    rows_of = prompt_index.tolist()
     prompt_index = prompt_index.to(policy.device)
-    return Rollouts(
+    rollouts = Rollouts(
         input_ids=torch.cat([prompt_ids[prompt_index], response_ids], 1),
         attention_mask=torch.cat([prompt_mask[prompt_index], response_mask], 1),
-        response_mask=response_mask, prompt_index=prompt_index, rewards=rewards, temperature=float(temperature))
+        response_mask=response_mask, prompt_index=prompt_index, temperature=temperature)
+    if reward is None:
+        return rollouts
+    return rewarded(rollouts, reward, policy.decode(response_ids, response_mask), [data[i] for i in rows_of])
 
 
 @torch.no_grad()
@@ -262,9 +340,22 @@ def resample(policy: Policy, rollouts: Rollouts, keep: Tensor, uniforms: Tensor,
     Returns:
         N rollouts of at most T' tokens.
 
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: shapes that do not fit each other, or numbers out of range.
+
     >>> resample(policy, rollouts, rollouts.lengths // 2 + 1, torch.rand(8, 64).double())       # doctest: +SKIP
     """
-    steps = uniforms.shape[1]
+    checks.instance("policy", policy, Policy)
+    count = len(checks.instance("rollouts", rollouts, Rollouts))
+    checks.tensor("keep", keep, (count,), "integer")
+    steps = checks.tensor("uniforms", uniforms, (count, "T'"), "floating").shape[1]
+    batch_size = batch_size if batch_size is None else checks.integer("batch_size", batch_size, minimum=1)
+    if not ((keep >= 1) & (keep <= rollouts.lengths.clamp(max=steps))).all():
+        raise ValueError(f"keep: expected numbers between 1 and the response's length, and up to {steps}, "
+                         f"got {int(keep.min())} to {int(keep.max())}")
+    if not ((uniforms >= 0) & (uniforms < 1)).all():
+        raise ValueError("uniforms: expected numbers ≥ 0 and < 1")
     columns = torch.arange(steps, device=policy.device)
     tokens = torch.nn.functional.pad(rollouts.response_ids, (0, steps - rollouts.response_mask.shape[1]))
     mask = columns < keep[:, None]
@@ -291,13 +382,14 @@ def resample(policy: Policy, rollouts: Rollouts, keep: Tensor, uniforms: Tensor,
                     temperature=rollouts.temperature)
 
 
-def _check_range(name: str, value: float, kind: type | tuple[type, ...], minimum: float = -np.inf,
-                 above: float = -np.inf, maximum: float = np.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind) or not (value >= minimum and above < value <= maximum):
-        bounds = [f"≥ {minimum}"] * (minimum > -np.inf) + [f"> {above}"] * (above > -np.inf)
-        bounds += [f"≤ {maximum}"] * (maximum < np.inf)
-        noun = "an integer" if kind is int else "a number"
-        raise ValueError(f"{name}: expected {noun} {' and '.join(bounds)}, got {value!r}")
+def _prompts_and_rows(prompts: Dataset | Iterable[Prompt]) -> tuple[list[Prompt], Rows]:
+    """B prompts, and what the data say about each, as dicts."""
+    if not isinstance(prompts, Dataset):
+        prompts = check_prompts(prompts)
+        return prompts, [{"prompt": prompt} for prompt in prompts]
+    if "prompt" not in prompts.column_names:
+        raise ValueError(f"prompts: expected a column 'prompt', got {', '.join(prompts.column_names)}")
+    return check_prompts(prompts["prompt"]), list(prompts)
 
 
 def _check_context(policy: Policy, encoded: list[list[int]], max_new_tokens: int) -> None:
