@@ -295,8 +295,8 @@ ledger.corrected("06.13", "2.4", "the denominator's term is zero per sequence (a
                  correction="−H̄ mean(∇S): zero in expectation, not in a batch", measured=slope_sequence,
                  expected=(H_E * s_E + dH_E - H_bar * s_E).mean(), as_printed=(H_E * s_E + dH_E).mean(),
                  tolerance=1e-10)
-print(f"per token: derivative {slope_token:.4f}, corrected {per_token:.4f}, as printed {printed:.4f}\n"
-      f"per sequence: derivative {slope_sequence:.4f}, without the denominator {(H_E * s_E + dH_E).mean():.4f}")
+print(f"per token: derivative {slope_token:.2f}, corrected {per_token:.2f}, as printed {printed:.2f}\n"
+      f"per sequence: derivative {slope_sequence:.2f}, without the denominator {(H_E * s_E + dH_E).mean():.2f}")
 
 # %% [markdown]
 # In expectation the corrected box is the derivative of $\mathbb E[H]/\mathbb E[T]$, whatever the baseline. The term
@@ -457,12 +457,12 @@ for start in (0, 2, 4):
     window = measured.iloc[start:start + 5].dropna()
     fit = linregress(np.log(window["predicted"].abs()), np.log(window["change"].abs()))
     fits.append({"η from": window["learning_rate"].min(), "to": window["learning_rate"].max(), "slope": fit.slope,
-                 "± ": fit.stderr, "R²": fit.rvalue**2})
+                 "R²": fit.rvalue**2})
 fits = pd.DataFrame(fits)
 ledger.holds("06.21", "2.4, 2.5", "two decades up to a tenth of the training rate: slope of log |ΔH| on log |δH₁|",
              measured=fits["slope"][0], expected=1, tolerance=0.03)
 ledger.holds("06.22", "2.4, 2.5", "R² of that fit", measured=fits["R²"][0], expected=1, tolerance=1e-3)
-fits.round({"slope": 3, "± ": 4, "R²": 4}).map("{:.4g}".format)
+fits.round({"slope": 3, "R²": 4}).map("{:.4g}".format)
 
 # %% [markdown]
 # The slopes are that close because prediction and measurement *share their noise*. Both are functions of one batch: a
@@ -566,9 +566,9 @@ ledger.holds("06.25", "2.4 (box)", "ΔH/δH₁ − 1 falls as η, in float64 thr
              measured=rise, expected=1, tolerance=0.05)
 ledger.holds("06.26", "2.4 (box)", "ΔH/δH₁ = 1 at the best η, in float64 throughout",
              measured=deviations["float64 throughout"].min(), expected=0, tolerance=1e-6)
-ledger.refuted("06.27", "derived here", "float64 weights make a float64 model: ΔH/δH₁ = 1 for η ≤ 1e-9 (largest gap)",
-               counterexample="the shipped policy, as transformers runs it: float32 inside", tolerance=1e-3,
-               measured=deviations["float64 weights"][small_rates < 2e-9].max(), expected=0)
+ledger.refuted("06.27", "derived here", "float64 weights make a float64 model: ΔH/δH₁ is off by 1e-3 at none of the η ≤ 1e-9",
+               counterexample="the shipped policy, as transformers runs it: float32 inside", tolerance=0.5, expected=0,
+               measured=(deviations["float64 weights"][small_rates < 2e-9] > 1e-3).sum())
 
 # %% [markdown]
 # For practice: to check a prediction in float32, step far enough that $\Delta H$ stands clear of rounding, which averages
