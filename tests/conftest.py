@@ -86,7 +86,7 @@ def build_model(architecture, vocabulary_size, dtype=torch.float32, seed=0):
         for parameter in model.parameters():
             # Far from uniform, so that a wrong position or mask shows.
             parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
-    return model.to(dtype)
+    return model.to(dtype).eval()
 
 
 def random_rollouts(size, count, prompt, response, seed=0, temperature=1.3):

@@ -38,7 +38,7 @@ def enumerated(request):
         policy = dh.exact.exact_policy(low_rank_policy(4).model)
     else:
         policy = dh.exact.exact_policy(build_model(request.param, 4))
-    policy.eos_token_ids = (3,)
+    policy.model.config.eos_token_id = 3
     return policy, dh.exact.every_response(policy, PROMPTS, 4, temperature=0.7), random_direction(policy)
 
 

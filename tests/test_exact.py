@@ -1,11 +1,24 @@
+import copy
+import inspect
 import itertools
+import math
+import pickle
 
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
 import deltah as dh
 from conftest import CONFIGS, build_model
-from deltah.exact import every_response, exact_policy, probabilities, tiny_policy
+from deltah.exact import (
+    covariance,
+    coverage,
+    every_response,
+    exact_policy,
+    flat_gradient,
+    probabilities,
+    tiny_policy,
+)
 
 
 @pytest.mark.parametrize("eos", [None, 2])
@@ -100,3 +113,66 @@ def test_bad_arguments_are_named():
         every_response(tiny_policy(), [[]], 2)
     with pytest.raises(ValueError, match=r"max_new_tokens: 4\^20 responses"):
         every_response(tiny_policy(), [[0]], 20)
+    with pytest.raises(ValueError, match="max_new_tokens: 3 tokens of a prompt and 2 more do not fit"):
+        every_response(tiny_policy(context_length=4), [[0], [0, 1, 2]], 2)
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda p, r: exact_policy(None), TypeError, "model: expected a transformers causal LM, got None"),
+    (lambda p, r: tiny_policy("4"), TypeError, "vocabulary_size: expected an integer"),
+    (lambda p, r: tiny_policy(4, 4), ValueError, "eos_token_id: expected an integer ≥ 0 and ≤ 3, got 4"),
+    (lambda p, r: tiny_policy(eos_logit=2.0), ValueError, "eos_logit: expected 0 without an eos_token_id, got 2.0"),
+    (lambda p, r: tiny_policy(eos_logit=math.nan), ValueError, "eos_logit: expected a number, got nan"),
+    (lambda p, r: tiny_policy(seed=1.5), ValueError, "seed: expected an integer"),
+    (lambda p, r: every_response(p.model, [[0]], 2), TypeError, "policy: expected a Policy"),
+    (lambda p, r: every_response(p, None, 2), TypeError, "prompts: expected one or more non-empty lists"),
+    (lambda p, r: every_response(p, [0], 2), TypeError, "prompts: expected .* got 0 at 0"),
+    (lambda p, r: every_response(p, ["ab"], 2), TypeError, "prompts: expected .* got 'ab' at 0"),
+    (lambda p, r: every_response(p, [[4]], 2), ValueError, r"prompts\[0\]\[0\]: expected an integer ≥ 0"),
+    (lambda p, r: every_response(p, [[0]], 0), ValueError, "max_new_tokens: expected an integer ≥ 1, got 0"),
+    (lambda p, r: every_response(p, [[0]], 2, temperature=None), TypeError, "temperature: expected a number"),
+    (lambda p, r: probabilities(r), TypeError, "scores: expected a TokenScores"),
+    (lambda p, r: flat_gradient(p, r.response_ids.double()), ValueError, r"quantity: expected shape \[\]"),
+    (lambda p, r: flat_gradient(p, torch.ones(())), ValueError, "quantity: expected a number that depends"),
+    (lambda p, r: covariance(torch.ones(2, 3), torch.ones(3)), ValueError, r"weights: expected shape \[2\]"),
+    (lambda p, r: covariance([[1.0]], torch.ones(1)), TypeError, "x: expected a tensor, got list"),
+    (lambda p, r: coverage(None, torch.ones(3), 2, 0.0), TypeError, "estimate: expected a function of rows, got None"),
+    (lambda p, r: coverage(len, torch.ones(3), 2, 0.0, level=95), ValueError, "level: expected a number > 0 and < 1"),
+    (lambda p, r: coverage(len, torch.ones(3), 0, 0.0), ValueError, "size: expected an integer ≥ 1, got 0"),
+])
+def test_wrong_arguments_are_named(call, error, message):
+    policy = tiny_policy()
+    with pytest.raises(error, match=message):
+        call(policy, every_response(policy, [[0]], 1))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_copy_is_exact_and_runs_itself(architecture, duplicate):
+    policy = exact_policy(build_model(architecture, 5))
+    rollouts = every_response(policy, [[0]], 2)
+    wanted = dh.score(policy, rollouts).log_probs
+    other = duplicate(policy)
+    assert torch.equal(dh.score(other, rollouts).log_probs, wanted)
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.mul_(1.5)
+    assert (dh.score(other, rollouts).log_probs - wanted).abs().max() > 1e-3
+    assert torch.equal(dh.score(policy, rollouts).log_probs, wanted)
+    assert mean_score_function(other) < 1e-12
+    # So does a copy of the model alone.
+    third = dh.Policy(copy.deepcopy(other.model))
+    assert torch.equal(dh.score(third, rollouts).log_probs, dh.score(other, rollouts).log_probs)
+    assert mean_score_function(third) < 1e-12
+
+
+def test_what_cannot_be_a_policy_stays_as_it_was():
+    model = BertForMaskedLM(BertConfig(num_hidden_layers=1))
+    with pytest.raises(ValueError, match="model: expected a causal LM"):
+        exact_policy(model)
+    assert model.dtype == torch.float32 and "forward" not in model.__dict__
+
+
+def test_the_models_own_call_keeps_its_signature():
+    model = exact_policy(build_model("llama", 5)).model
+    assert "logits_to_keep" in inspect.signature(model.forward).parameters
+    assert "self" not in inspect.signature(model.forward).parameters

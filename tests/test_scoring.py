@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 import deltah as dh
 from conftest import CONFIGS, SMALL, build_model
+from deltah.modes import evaluation
 from deltah.scoring import log_probs_and_entropies
 
 PROMPTS = ["Ava has 3 eggs.", "Ben has 12 coins. Ben sells 4. How many coins does Ben have?\n", "2"]
@@ -19,7 +20,8 @@ def by_transformers(policy, rollouts):
     for row in range(len(rollouts)):
         ids = rollouts.input_ids[row][rollouts.attention_mask[row]][None]
         length = int(rollouts.lengths[row])
-        logits = policy.model(input_ids=ids).logits[0, -length - 1:-1].double() / rollouts.temperature
+        with evaluation(policy.model):
+            logits = policy.model(input_ids=ids).logits[0, -length - 1:-1].double() / rollouts.temperature
         log_p = logits.log_softmax(-1)
         log_probs[row, :length] = log_p.gather(-1, ids[0, -length:, None])[:, 0]
         entropies[row, :length] = torch.special.entr(log_p.exp()).sum(-1)

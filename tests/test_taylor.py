@@ -249,7 +249,7 @@ def test_whatever_a_model_calls(kind):
     """Right, or refused."""
     function, known = CALLS[kind]
     policy, rollouts = build("llama"), rollouts_for()
-    assert policy._scaling
+    assert policy.has_linear_output
     layer = policy.model.model.layers[0].mlp.down_proj
     forward = layer.forward
     layer.forward = lambda x: function(forward(x))

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,7 +148,35 @@ def test_bad_arguments_are_named():
         function(hidden, weight, targets[:2])
     with pytest.raises(ValueError, match="targets: expected integers from 0 to 4, got 5 to 5"):
         function(hidden, weight, targets + 5)
-    with pytest.raises(ValueError, match="temperature: expected a positive number, got 0"):
+    with pytest.raises(ValueError, match="temperature: expected a number > 0, got 0"):
         function(hidden, weight, targets, temperature=0)
-    with pytest.raises(ValueError, match="soft_cap: expected a positive number, got -1"):
+    with pytest.raises(ValueError, match="soft_cap: expected a number > 0, got -1"):
         function(hidden, weight, targets, soft_cap=-1)
+    with pytest.raises(ValueError, match="weight: expected a row for each token of the vocabulary, got none"):
+        function(hidden, weight[:0], targets)
+    for size in (1, 4, 6):
+        # A larger one was cut, and one number broadcast.
+        with pytest.raises(ValueError, match=rf"bias: expected shape \[5\], got \[{size}\]"):
+            function(hidden, weight, targets, bias=torch.zeros(size))
+    for name, x in (("weight", weight.double()), ("bias", torch.zeros(5).bfloat16())):
+        with pytest.raises(TypeError, match=f"{name}: expected the dtype of hidden, torch.float32, got {x.dtype}"):
+            function(hidden, targets=targets, **{"weight": weight, name: x})
+    for name in ("temperature", "scale", "soft_cap"):
+        for value in (math.nan, math.inf):
+            with pytest.raises(ValueError, match=f"{name}: expected a number"):
+                function(hidden, weight, targets, **{name: value})
+        for value in ("1", [1.0], True):
+            with pytest.raises(TypeError, match=f"{name}: expected a number"):
+                function(hidden, weight, targets, **{name: value})
+    for name, message in (("hidden", "floating-point"), ("weight", "floating-point"), ("targets", "integers")):
+        for wrong, what in ((None, "a tensor"), ([1.0], "a tensor"), (torch.zeros(3).bool(), message)):
+            with pytest.raises(TypeError, match=f"{name}: expected {what}"):
+                function(**{"hidden": hidden, "weight": weight, "targets": targets, name: wrong})
+    with pytest.raises(TypeError, match="targets: expected integers, got a float32 tensor"):
+        function(hidden, weight, targets.float())
+
+
+def test_numbers_of_numpy_are_welcome():
+    inputs, targets = case(False)
+    found = dh.linear_log_probs_and_entropies(*inputs, targets, temperature=np.float32(0.5), scale=np.int64(2))
+    torch.testing.assert_close(found, dh.linear_log_probs_and_entropies(*inputs, targets, 0.5, scale=2.0))

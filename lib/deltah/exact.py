@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from deltah import checks
 from deltah.estimates import Estimate
-from deltah.modes import LayerNormWrittenOut
+from deltah.modes import WrittenOut
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import TokenScores
@@ -19,7 +22,7 @@ from deltah.scoring import TokenScores
 MOST_RESPONSES = 2**20
 
 
-class _InFloat64(LayerNormWrittenOut):
+class _InFloat64(WrittenOut):
     """Turns every request for float32 into one for float64, too."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -41,19 +44,33 @@ def exact_policy(model: PreTrainedModel) -> Policy:
     Args:
         model: any transformers causal LM; it is converted in place. Its `config.eos_token_id` ends a response.
 
+    Raises:
+        TypeError, ValueError: a model that cannot be a policy, which then stays as it was.
+
     >>> exact_policy(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=5))).dtype
     torch.float64
     """
-    model.set_attn_implementation("eager")
-    forward = model.double().forward
+    policy = Policy(model)
+    policy.model.set_attn_implementation("eager")
+    if getattr(policy.model.config, "_experts_implementation", None):
+        policy.model.set_experts_implementation("eager")
+    policy.model.double().forward = _ForwardInFloat64(policy.model)
+    return policy
 
-    @functools.wraps(forward)
-    def in_float64(*args, **kwargs):
+
+class _ForwardInFloat64:
+    """What takes the place of a model's `forward`; a copy or a pickle of the model has one of its own."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(types.MethodType(type(self.model).forward, self.model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _InFloat64():
-            return forward(*args, **kwargs)
-
-    model.forward = in_float64
-    return Policy(model)
+            return type(self.model).forward(self.model, *args, **kwargs)
 
 
 def tiny_policy(vocabulary_size: int = 4, eos_token_id: int | None = None, context_length: int = 16,
@@ -71,11 +88,18 @@ def tiny_policy(vocabulary_size: int = 4, eos_token_id: int | None = None, conte
     >>> tiny_policy().vocabulary_size
     4
     """
+    vocabulary_size = checks.integer("vocabulary_size", vocabulary_size, minimum=1)
+    context_length = checks.integer("context_length", context_length, minimum=1)
+    if eos_token_id is not None:
+        eos_token_id = checks.integer("eos_token_id", eos_token_id, minimum=0, maximum=vocabulary_size - 1)
+    if checks.number("eos_logit", eos_logit) and eos_token_id is None:
+        raise ValueError(f"eos_logit: expected 0 without an eos_token_id, got {eos_logit}")
+    seed = checks.integer("seed", seed, minimum=0)
     config = GPT2Config(vocab_size=vocabulary_size, n_positions=context_length, n_embd=16, n_layer=2, n_head=2,
                         initializer_range=0.4, bos_token_id=None, eos_token_id=eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = GPT2LMHeadModel(config)
+        model = GPT2LMHeadModel(config).eval()
     if eos_logit:
         with torch.no_grad():
             direction = model.lm_head.weight[eos_token_id]
@@ -102,13 +126,18 @@ def every_response(policy: Policy, prompts: Sequence[Sequence[int]], max_new_tok
     >>> len(every_response(tiny_policy(vocabulary_size=3), [[0], [1, 2]], max_new_tokens=2))
     18
     """
-    if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError(f"prompts: expected one or more non-empty lists of token ids, got {prompts}")
+    checks.instance("policy", policy, Policy)
+    max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, minimum=1)
+    temperature = checks.number("temperature", temperature, above=0)
+    prompts = _checked_prompts(policy, prompts)
     if len(prompts) * policy.vocabulary_size**max_new_tokens > MOST_RESPONSES:
         raise ValueError(f"max_new_tokens: {policy.vocabulary_size}^{max_new_tokens} responses to {len(prompts)} "
                          f"prompts are more than {MOST_RESPONSES}")
     responses = _every_sequence(policy.vocabulary_size, set(policy.eos_token_ids), max_new_tokens)
     width = max(len(prompt) for prompt in prompts)
+    if policy.context_length is not None and width + max_new_tokens > policy.context_length:
+        raise ValueError(f"max_new_tokens: {width} tokens of a prompt and {max_new_tokens} more do not fit the model's "
+                         f"context of {policy.context_length}")
     rows, attention, masks = [], [], []
     for prompt in prompts:
         padding = width - len(prompt)
@@ -119,6 +148,23 @@ def every_response(policy: Policy, prompts: Sequence[Sequence[int]], max_new_tok
             masks.append([True] * len(response) + [False] * cut)
     return Rollouts(torch.tensor(rows), torch.tensor(attention), torch.tensor(masks),
                     torch.arange(len(prompts)).repeat_interleave(len(responses)), temperature=temperature)
+
+
+def _checked_prompts(policy: Policy, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    expected = "prompts: expected one or more non-empty lists of token ids, got"
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, (Sequence, Tensor)):
+        raise TypeError(f"{expected} {checks.shown(prompts)}")
+    if len(prompts) == 0:
+        raise ValueError(f"{expected} none")
+    checked = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, (str, Mapping)) or not isinstance(prompt, (Sequence, Tensor)):
+            raise TypeError(f"{expected} {checks.shown(prompt)} at {i}")
+        if len(prompt) == 0:
+            raise ValueError(f"{expected} an empty one at {i}")
+        checked.append([checks.integer(f"prompts[{i}][{k}]", token, 0, policy.vocabulary_size - 1)
+                        for k, token in enumerate(prompt)])
+    return checked
 
 
 def _every_sequence(size: int, stops: set[int], length: int) -> list[list[int]]:
@@ -132,7 +178,7 @@ def _every_sequence(size: int, stops: set[int], length: int) -> list[list[int]]:
 
 def probabilities(scores: TokenScores) -> Tensor:
     """The probability π(t|p) of each response, [N], from its token log-probs."""
-    return scores.log_probs.sum(1).exp()
+    return checks.instance("scores", scores, TokenScores).log_probs.sum(1).exp()
 
 
 def flat_gradient(policy: Policy, quantity: Tensor) -> Tensor:
@@ -144,6 +190,11 @@ def flat_gradient(policy: Policy, quantity: Tensor) -> Tensor:
     >>> flat_gradient(policy, log_probs[0, 0]).shape == (sum(p.numel() for p in policy.parameters.values()),)
     True
     """
+    checks.instance("policy", policy, Policy)
+    checks.tensor("quantity", quantity, (), "floating")
+    if not quantity.requires_grad:
+        raise ValueError("quantity: expected a number that depends on the policy's parameters; was it made without "
+                         "gradients?")
     gradients = torch.autograd.grad(quantity, list(policy.parameters.values()), retain_graph=True,
                                     materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
@@ -156,6 +207,8 @@ def covariance(x: Tensor, weights: Tensor) -> Tensor:
     tensor([[ 1., -1.],
             [-1.,  1.]])
     """
+    checks.tensor("x", x, ("N", "T"), "floating")
+    checks.tensor("weights", weights, (len(x),), "floating")
     centred = x - weights @ x
     return torch.einsum("n,ni,nj->ij", weights, centred, centred)
 
@@ -177,6 +230,11 @@ def coverage(estimate: Callable[[Tensor], Estimate], weights: Tensor, size: int,
     >>> coverage(lambda rows: Estimate.mean(x[rows]), torch.ones(3) / 3, size=50, truth=1.0, replicates=200) > 0.9
     True
     """
+    checks.instance("estimate", estimate, Callable, "a function of rows")
+    checks.tensor("weights", weights, ("N",), "floating", finite=True)
+    size, replicates = checks.integer("size", size, minimum=1), checks.integer("replicates", replicates, minimum=1)
+    truth, seed = checks.number("truth", truth), checks.integer("seed", seed, minimum=0)
+    level = checks.number("level", level, above=0, below=1)
     generator, covered = torch.Generator().manual_seed(seed), 0
     for _ in range(replicates):
         low, high = estimate(torch.multinomial(weights, size, replacement=True, generator=generator)).interval(level)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from deltah.vocabulary import Scaling
@@ -42,32 +44,89 @@ def watched_output(model: PreTrainedModel, instead: Callable[[Tensor], Tensor] |
             layer.forward = replaced
 
 
-def find_scaling(model: PreTrainedModel, size: int, logits: Callable[[Tensor], Tensor]) -> Scaling | None:
-    """What the model does to x = h W^T + b of its output layer; None where it is no linear layer, or more is done.
+def linear_output(model: PreTrainedModel, logits: Callable[[], Tensor]) -> tuple[Tensor, OutputLayer] | None:
+    """Hidden states and output layer of one forward pass, without its logits; None where these are needed.
 
-    Found by handing the model numbers of our own in the output layer's place, whatever its config calls them.
+    The model is handed numbers of our own in the output layer's place, and what comes out tells what it does with
+    them, whatever its config calls it. Logits are needed where that is more than a factor or a soft cap, where it
+    depends on anything but these numbers, such as a trainable factor, and where the layer is not a plain linear one
+    that nobody else listens to.
 
     Args:
         model: the model.
-        size: of its vocabulary.
-        logits: runs the model on token ids [1, 1].
+        logits: runs it, and returns all its logits.
     """
     layer = model.get_output_embeddings()
-    hooks = layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__
-    if type(layer) is not torch.nn.Linear or hooks or layer.weight.shape[0] != size:
+    if type(layer) is not torch.nn.Linear or _is_listened_to(layer):
         return None
-    # Powers of two, which a factor turns into multiples of itself without rounding.
-    device, dtype = layer.weight.device, layer.weight.dtype
-    x = torch.pow(2.0, torch.arange(size, device=device) % 24 - 10.0).to(dtype)
+    x = _numbers(layer.weight)
+    # Two rows and two positions, to see whether they are all treated alike.
+    with watched_output(model, lambda _: Probe(x.repeat(2, 2, 1))) as seen:
+        try:
+            z = logits()
+        except Exception:  # of whatever kind: the model may not cope with numbers of such a shape
+            if not seen:
+                raise
+            return None
+    scaling = _find_scaling(x, z) if len(seen) == 1 else None
+    if scaling is None:
+        return None
+    hidden, weight, bias = seen[0]
+    return hidden, OutputLayer(weight, bias, scaling)
+
+
+def _is_listened_to(layer: torch.nn.Module) -> bool:
+    """Whether something besides the model sees what the layer is given or returns, or takes its place."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return any(hooks) or _has_any_global_hook() or "forward" in layer.__dict__
+
+
+def _numbers(weight: Tensor) -> Tensor:
+    """[V], large and small: powers of two, which a factor turns into multiples of itself without rounding."""
+    exponents = (torch.arange(len(weight), device=weight.device) - 1) % 24 - 10
+    x = torch.pow(2.0, exponents).to(torch.promote_types(weight.dtype, torch.float32))
     x[1::2] *= -1
-    try:
-        with torch.no_grad(), watched_output(model, lambda h: x.expand(*h.shape[:-1], size)):
-            z = logits(torch.zeros(1, 1, dtype=torch.long, device=device))[0, -1]
-    except RuntimeError:
+    return x
+
+
+def _find_scaling(x: Tensor, z: Tensor) -> Scaling | None:
+    """What has made z [..., V] of x [V]."""
+    z = z.values if isinstance(z, Probe) else None
+    if z is None or not z.is_floating_point() or z.numel() == 0 or z.shape[-1] != len(x):
         return None
     tolerance = 8 * torch.finfo(z.dtype).eps
-    for scaling in (Scaling(float(z[0] / x[0])), Scaling(1.0, float(z.abs().max()))):
-        wanted = scaling(x.to(torch.promote_types(x.dtype, torch.float32)))
-        if torch.allclose(wanted, z.to(wanted.dtype), rtol=tolerance, atol=0):
+    for scaling in (Scaling(float(z.flatten()[0] / x[0])), Scaling(1.0, float(z.abs().max()))):
+        if torch.allclose(scaling(x).expand(z.shape), z.to(x.dtype), rtol=tolerance, atol=0):
             return scaling
     return None
+
+
+class Probe(Tensor):
+    """Numbers for a model to do with as it does with its logits: what is made of them alone is a Probe again.
+
+    What is made of them and any other tensor is a plain tensor. So a result that is a Probe depends on no parameter,
+    hidden state or token, however derivatives are being taken at the time.
+    """
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor):
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=values.device)
+
+    def __init__(self, values: Tensor):
+        self.values = values
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        arguments = args, kwargs or {}
+        alone = all(isinstance(x, Probe) for x in tree_leaves(arguments) if isinstance(x, Tensor))
+        args, kwargs = tree_map(lambda x: x.values if isinstance(x, Probe) else x, arguments)
+        result = func(*args, **kwargs)
+        if not alone or isinstance(result, torch.Size):
+            return result
+        return tree_map(lambda x: Probe(x) if isinstance(x, Tensor) else x, result)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise TypeError(f"{func} on numbers that only PyTorch's functions may see")

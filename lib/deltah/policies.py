@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltah import checks
-from deltah.modes import forward_mode
-from deltah.output_layers import OutputLayer, find_scaling, watched_output
+from deltah.models import accepts, check_causal_lm, eos_token_ids, unwrapped
+from deltah.modes import evaluation, forward_mode, held
+from deltah.output_layers import OutputLayer, linear_output, watched_output
 from deltah.prompts import Prompt, encode
-from deltah.vocabulary import Scaling
 
 # Entries of its widest tensor that one batch may hold: past 2^22 the CPU spends its time on fresh memory, below 2^28 a
 # GPU idles.
@@ -28,20 +26,26 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 class Policy:
     """Wraps any transformers causal language model as a distribution over responses.
 
-    The model is put into evaluation mode: dropout would make log-probs random.
+    Whatever runs the model runs it in evaluation mode, as dropout would make log-probs random, and leaves it in the
+    mode that it found. The constructor changes nothing either. Threads that share a model take turns.
 
     Args:
-        model: a transformers causal LM, on the device and in the dtype that it is to run in.
+        model: a transformers causal LM, on the device and in the dtype that it is to run in; or PEFT's wrapper around
+            one, of adapters that are part of its layers, such as LoRA.
         tokenizer: its tokenizer; None for a policy that is only ever given token ids.
 
     Attributes:
+        model: the transformers model, without PEFT's wrapper.
         parameters: dict of the trainable parameters by name; tied ones appear once.
+        vocabulary_size: V.
         eos_token_ids: the tokens that end a response, from the tokenizer and the generation config.
         context_length: the longest sequence that the model takes; None where it has no limit.
+        has_linear_output: whether `output` could do without logits the last time.
 
     Raises:
-        TypeError: `model` is not a transformers model.
-        ValueError: `model` cannot produce logits, or `tokenizer` has no end-of-sequence token.
+        TypeError: `model` is not a transformers model, or `tokenizer` not a transformers tokenizer.
+        ValueError: a model that is not causal or cannot produce logits, a PEFT wrapper that does more than run it, or
+            an end-of-sequence token that is missing or outside the vocabulary.
 
     >>> policy = Policy(model, tokenizer)                                    # doctest: +SKIP
     >>> policy.logits(input_ids, keep=4).shape                               # doctest: +SKIP
@@ -49,27 +53,30 @@ class Policy:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"model: expected a transformers causal LM, got {type(model).__name__}")
-        if model.get_output_embeddings() is None:
-            raise ValueError(f"model: expected a causal LM with an output layer, got {type(model).__name__}")
-        if tokenizer is not None and tokenizer.eos_token_id is None:
-            raise ValueError("tokenizer: has no end-of-sequence token, so no response would ever end; "
-                             "set tokenizer.eos_token to one of its tokens")
-        self.model = model.eval()
-        if self.dtype == torch.float64 and getattr(model.config, "_experts_implementation", None):
-            # The grouped matrix product of mixtures of experts has no float64.
-            model.set_experts_implementation("eager")
-        self.tokenizer = tokenizer
-        config = model.config.get_text_config()
-        self.vocabulary_size: int = config.vocab_size
-        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
-        self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocabulary_size)
-        self._accepts = inspect.signature(model.forward).parameters
+        if tokenizer is not None:
+            checks.instance("tokenizer", tokenizer, PreTrainedTokenizerBase, "a transformers tokenizer")
+        self.model, self.tokenizer = unwrapped(model), tokenizer
+        check_causal_lm(self.model)
+        eos_token_ids(self.model, tokenizer)
+        self.has_linear_output = self._finds_linear_output()
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        # Not those that another thread has put in for a while.
+        with held(self.model):
+            return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.model.config.get_text_config().vocab_size
+
+    @property
+    def context_length(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return eos_token_ids(self.model, self.tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -81,10 +88,10 @@ class Policy:
 
     def rows_at_once(self, positions: int, logits: bool = True) -> int:
         """How many sequences to run in one batch, with logits or only hidden states at `positions` positions each."""
-        width = self.vocabulary_size
-        if not logits and self._scaling is not None:
+        width = size = self.vocabulary_size
+        if not logits and self.has_linear_output:
             width = max((max(p.shape[-2:]) for p in self.model.parameters()
-                         if p.ndim > 1 and self.vocabulary_size not in p.shape), default=width)
+                         if p.ndim > 1 and size not in p.shape), default=width)
         budget = WIDEST_ON_CPU if self.device.type == "cpu" else WIDEST_ON_GPU
         return max(1, budget // (width * positions))
 
@@ -99,38 +106,63 @@ class Policy:
 
         Returns:
             [N, keep, V] in the model's dtype.
+
+        Raises:
+            TypeError or ValueError: no token ids of that shape, `keep` outside [1, L], or unknown parameters.
         """
-        arguments = {"input_ids": input_ids, "use_cache": False}
-        if "logits_to_keep" in self._accepts:
-            arguments["logits_to_keep"] = keep
-        return self.run(arguments, parameters).logits[:, -keep:]
+        return self._all_logits(input_ids, keep, parameters)[:, -keep:]
 
     def output(self, input_ids: Tensor, keep: int,
                parameters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, OutputLayer | None, Tensor | None]:
         """As `logits`, but before the output layer where that is a linear one.
 
+        A model that needs its logits runs twice the first time, and from then on one token more.
+
         Returns:
             (hidden states [N, keep, d] that the output layer is given, the output layer, None), and where it is not
             linear, or the model does more to its logits than scale or soft-cap them, (hidden states, None, logits).
         """
-        if self._scaling is None:
+        with evaluation(self.model):
+            if not self.has_linear_output:
+                self.has_linear_output = self._finds_linear_output()
+            if self.has_linear_output:
+                found = self._linear_output(input_ids, keep, parameters)
+                if found is not None:
+                    return found[0][:, -keep:], found[1], None
+                self.has_linear_output = False
             with watched_output(self.model) as seen:
                 logits = self.logits(input_ids, keep, parameters)
             return seen[0][0][:, -keep:], None, logits
-        with watched_output(self.model, lambda x: x.new_zeros(*x.shape[:-1], 1)) as seen:
-            self.logits(input_ids, keep, parameters)
-        hidden, weight, bias = seen[0]
-        return hidden[:, -keep:], OutputLayer(weight, bias, self._scaling), None
 
-    @functools.cached_property
-    def _scaling(self) -> Scaling | None:
-        return find_scaling(self.model, self.vocabulary_size, lambda ids: self.logits(ids, 1))
+    def _linear_output(self, input_ids: Tensor, keep: int = 1, parameters: Mapping[str, Tensor] | None = None
+                       ) -> tuple[Tensor, OutputLayer] | None:
+        with evaluation(self.model):
+            return linear_output(self.model, lambda: self._all_logits(input_ids, keep, parameters))
+
+    def _finds_linear_output(self) -> bool:
+        one_token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with torch.no_grad():
+            return self._linear_output(one_token) is not None
+
+    def _all_logits(self, input_ids: Tensor, keep: int, parameters: Mapping[str, Tensor] | None) -> Tensor:
+        """Those of at least the last `keep` positions."""
+        checks.tensor("input_ids", input_ids, ("N", "L"), "integer")
+        keep = checks.integer("keep", keep, minimum=1, maximum=input_ids.shape[1])
+        arguments = {"input_ids": input_ids, "use_cache": False}
+        if accepts(type(self.model), "logits_to_keep"):
+            arguments["logits_to_keep"] = keep
+        return self.run(arguments, parameters).logits
 
     def run(self, arguments: Mapping[str, Any], parameters: Mapping[str, Tensor] | None = None) -> Any:
         """The model's output for keyword `arguments`, with `parameters` in place of its own where given."""
-        if parameters is None:
-            return self.model(**arguments)
-        return torch.func.functional_call(self.model, dict(parameters), (), dict(arguments))
+        with evaluation(self.model):
+            if parameters is None:
+                return self.model(**arguments)
+            checks.instance("parameters", parameters, Mapping, "tensors by name")
+            unknown = parameters.keys() - self.model.state_dict().keys()
+            if unknown:
+                raise ValueError(f"parameters: the model has none named {min(map(str, unknown))!r}")
+            return torch.func.functional_call(self.model, dict(parameters), (), dict(arguments))
 
     @contextlib.contextmanager
     def forward_mode(self) -> Iterator[None]:
@@ -146,16 +178,19 @@ class Policy:
             step: the step size η.
 
         Raises:
+            TypeError: `direction` is no dict of tensors, or `step` no number.
             ValueError: a name that is not a trainable parameter's, a shape that differs, or a part not finite.
         """
         self.check(direction)
+        step = checks.number("step", step)
         return {name: (p.detach() + step * direction[name]).to(p.dtype) if name in direction else p.detach()
                 for name, p in self.parameters.items()}
 
     def check(self, tensors: Mapping[str, Tensor], argument: str = "direction") -> None:
         """Raise ValueError where tensors by name, such as a direction, have a part that no trainable parameter has."""
         own = self.parameters
-        for name, v in tensors.items():
+        for name, v in checks.instance(argument, tensors, Mapping, "tensors by name").items():
+            checks.tensor(f"{argument}[{name!r}]", v, kind="number")
             if name not in own or v.shape != own[name].shape:
                 expected = f"shape {list(own[name].shape)}" if name in own else "the name of a trainable parameter"
                 raise ValueError(f"{argument}[{name!r}]: expected {expected}, got {name!r} of shape {list(v.shape)}")
@@ -165,7 +200,7 @@ class Policy:
     def generation_arguments(self, attention_mask: Tensor, **arguments: Any) -> dict[str, Any]:
         """Keyword arguments for the model with a cache: positions count tokens, so that left padding shifts nothing."""
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        if "position_ids" in self._accepts:
+        if accepts(type(self.model), "position_ids"):
             arguments["position_ids"] = positions[:, -arguments["input_ids"].shape[1]:]
         return {"attention_mask": attention_mask.long(), "use_cache": True, **arguments}
 
@@ -207,16 +242,6 @@ class Policy:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, size: int) -> tuple[int, ...]:
-    sources = [model.config.get_text_config(), getattr(model, "generation_config", None)]
-    found = {tokenizer.eos_token_id} if tokenizer is not None else set()
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        found.update(ids if isinstance(ids, (list, tuple)) else [ids])
-    # A default of the config class may lie outside a small vocabulary.
-    return tuple(sorted(i for i in found if i is not None and 0 <= i < size))
-
-
 def load_policy(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "float32") -> Policy:
     """Load a policy from a folder or from the Hugging Face hub; safetensors only, no remote code.
 
@@ -232,9 +257,9 @@ def load_policy(path: str | Path, device: str | torch.device = "auto", dtype: st
     >>> load_policy("data/policy").vocabulary_size                           # doctest: +SKIP
     434
     """
-    if str(dtype).removeprefix("torch.") not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {str(dtype)!r}")
-    dtype = DTYPES[str(dtype).removeprefix("torch.")]
+    checks.instance("path", path, (str, Path), "a folder or a hub id")
+    checks.instance("dtype", dtype, (str, torch.dtype), f"one of {', '.join(DTYPES)}")
+    dtype = DTYPES[checks.choice("dtype", str(dtype).removeprefix("torch."), DTYPES)]
     device = find_device(device)
     expected = "expected a folder with config.json, model.safetensors and a tokenizer, or a hub id"
     try:
@@ -252,6 +277,7 @@ def load_policy(path: str | Path, device: str | torch.device = "auto", dtype: st
 
 
 def find_device(device: str | torch.device) -> torch.device:
+    checks.instance("device", device, (str, torch.device), "'auto', 'cpu' or an available 'cuda' device")
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

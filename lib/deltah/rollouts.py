@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from deltah import checks
+from deltah.modes import evaluation
 from deltah.policies import Policy, find_device
 from deltah.prompts import Prompt, check_prompts, conversational, has_template
 from deltah.rewards import Reward, Rows, find_reward, rewarded
@@ -302,7 +303,8 @@ def sample(policy: Policy, prompts: Dataset | Iterable[Prompt], responses_per_pr
     uniforms = _uniforms(seed, len(encoded), responses_per_prompt, max_new_tokens)
     rows = batch_size or policy.rows_at_once(1)
     responses, masks = [], []
-    with tqdm(total=count, desc="sample", unit="rollout", leave=False, delay=1) as progress:
+    with tqdm(total=count, desc="sample", unit="rollout", leave=False, delay=1) as progress, evaluation(
+            policy.model):
         for start in range(0, count, rows):
             batch = slice(start, start + rows)
             tokens, mask = _sample_batch(policy, encoded, prompt_index[batch], uniforms[batch], temperature, warpers)
@@ -370,8 +372,9 @@ def resample(policy: Policy, rollouts: Rollouts, keep: Tensor, uniforms: Tensor,
         start = keep[batch]
         places = (start[:, None] + columns[:steps - int(start.min())]).clamp(max=steps - 1)
         numbers = uniforms.to(policy.device)[batch].gather(1, places)
-        drawn, alive = _sample_batch(policy, encoded, torch.arange(len(batch)), numbers, rollouts.temperature, [],
-                                     parameters)
+        with evaluation(policy.model):
+            drawn, alive = _sample_batch(policy, encoded, torch.arange(len(batch)), numbers, rollouts.temperature, [],
+                                         parameters)
         back = (columns - start[:, None]).clamp(min=0, max=drawn.shape[1] - 1)
         after = columns >= start[:, None]
         tokens[batch] = torch.where(after, drawn.gather(1, back), tokens[batch])

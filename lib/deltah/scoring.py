@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deltah.modes import evaluation
 from deltah.output_layers import OutputLayer
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
@@ -49,8 +50,9 @@ def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] |
         raise ValueError(f"parameters: the model has none named {min(unknown)!r}")
     check_tokens(policy, rollouts)
     rollouts = rollouts.to(policy.device)
-    scores = in_batches(rollouts, batches(policy, rollouts, batch_size),
-                        lambda batch: score_batch(policy, batch, parameters)[0])
+    with evaluation(policy.model):
+        scores = in_batches(rollouts, batches(policy, rollouts, batch_size),
+                            lambda batch: score_batch(policy, batch, parameters)[0])
     scores = TokenScores(*scores)
     wrong = torch.isnan(scores.log_probs + scores.entropies).any(1)
     if wrong.any():

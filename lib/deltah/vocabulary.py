@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
+from deltah import checks
+
 # Entries of a tile: a processor's cache; on a GPU a 32nd of the logits, within bounds that keep it busy.
 TILE_ON_CPU, TILE_ON_GPU = 2**20, (2**22, 2**26)
 # Rows of a tile: past this, matrix products gain nothing.
@@ -62,23 +64,28 @@ def linear_log_probs_and_entropies(hidden: Tensor, weight: Tensor, targets: Tens
         (log_probs, entropies), each [...], in float64 for float64 and float32 otherwise.
 
     Raises:
-        ValueError: shapes that do not fit each other, targets out of range, or a temperature or cap that is not
-            positive.
+        TypeError: no tensors or numbers, or of different dtypes.
+        ValueError: shapes that do not fit each other, targets out of range, a temperature or cap that is not
+            positive, or a scale that is not finite.
 
     >>> linear_log_probs_and_entropies(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([3]))
     (tensor([-1.3863]), tensor([1.3863]))
     """
-    if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"weight: expected shape [V, {hidden.shape[-1] if hidden.ndim else 'd'}], got "
-                         f"{list(weight.shape)}")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets: expected shape {list(hidden.shape[:-1])}, got {list(targets.shape)}")
+    checks.tensor("hidden", hidden, ("...", "d"), "floating")
+    checks.tensor("weight", weight, ("V", hidden.shape[-1]), "floating")
+    checks.tensor("targets", targets, hidden.shape[:-1], "integer")
+    if len(weight) == 0:
+        raise ValueError("weight: expected a row for each token of the vocabulary, got none")
+    if bias is not None:
+        checks.tensor("bias", bias, (len(weight),), "floating")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {x.dtype}")
+    temperature, scale = checks.number("temperature", temperature, above=0), checks.number("scale", scale)
+    soft_cap = None if soft_cap is None else checks.number("soft_cap", soft_cap, above=0)
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):
         raise ValueError(f"targets: expected integers from 0 to {len(weight) - 1}, got {int(targets.min())} to "
                          f"{int(targets.max())}")
-    for name, value in (("temperature", temperature), ("soft_cap", soft_cap)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
     tensors = hidden, weight, bias
     if has_torch_function(tensors):
         # For `taylor`, which has a form of its own for it.
