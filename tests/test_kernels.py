@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import deltah as dh
 from conftest import CONFIGS, MORE, build_model, random_rollouts
-from deltah import kernels
+from deltah import kernels, memory
 from deltah.derivatives import factors, sample_gradients
 from deltah.scoring import score
 from test_updates import low_rank_policy
@@ -86,8 +86,9 @@ def test_every_way_of_computing_agrees(name, limit, monkeypatch):
 def test_what_does_not_fit_meets_in_blocks(name, batch_size, monkeypatch):
     policy, one, two = build(name), rollouts_for(count=7), rollouts_for(count=4, response=9, seed=1)
     a, b, p = gradients(policy, one), gradients(policy, two), random_preconditioner(policy)
-    size = kernels._block_size(policy, one, one)
-    monkeypatch.setattr(kernels, "FACTORS", kernels.FACTORS * 5 // size)
+    # Of what is held for two blocks of two rollouts.
+    needed = 5 * memory.position_bytes(policy) * int(one.attention_mask.sum(1).max())
+    monkeypatch.setattr(memory, "free", lambda device: needed / memory.SHARE / kernels.OF_FACTORS + 9)
     assert kernels._block_size(policy, one, one) == 2
     assert_close(dh.fisher_kernel(policy, one, preconditioner=p, batch_size=batch_size), a * flat(policy, p) @ a.T)
     assert_close(dh.fisher_kernel(policy, one, two, batch_size=batch_size), a @ b.T)

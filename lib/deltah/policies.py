@@ -17,9 +17,6 @@ from deltah.modes import forward_mode
 from deltah.output_layers import OutputLayer, find_scaling, watched_output
 from deltah.vocabulary import Scaling
 
-# Entries of its widest tensor that one batch may hold: past 2^22 the CPU spends its time on fresh memory, below 2^28 a
-# GPU idles.
-WIDEST_ON_CPU, WIDEST_ON_GPU = 2**22, 2**28
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -77,15 +74,6 @@ class Policy:
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def rows_at_once(self, positions: int, logits: bool = True) -> int:
-        """How many sequences to run in one batch, with logits or only hidden states at `positions` positions each."""
-        width = self.vocabulary_size
-        if not logits and self._scaling is not None:
-            width = max((max(p.shape[-2:]) for p in self.model.parameters()
-                         if p.ndim > 1 and self.vocabulary_size not in p.shape), default=width)
-        budget = WIDEST_ON_CPU if self.device.type == "cpu" else WIDEST_ON_GPU
-        return max(1, budget // (width * positions))
-
     def logits(self, input_ids: Tensor, keep: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Next-token logits at the last `keep` positions.
 
@@ -98,10 +86,7 @@ class Policy:
         Returns:
             [N, keep, V] in the model's dtype.
         """
-        arguments = {"input_ids": input_ids, "use_cache": False}
-        if "logits_to_keep" in self._accepts:
-            arguments["logits_to_keep"] = keep
-        return self.run(arguments, parameters).logits[:, -keep:]
+        return self.run_keeping(keep, {"input_ids": input_ids, "use_cache": False}, parameters).logits[:, -keep:]
 
     def output(self, input_ids: Tensor, keep: int,
                parameters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, OutputLayer | None, Tensor | None]:
@@ -120,6 +105,11 @@ class Policy:
         hidden, weight, bias = seen[0]
         return hidden[:, -keep:], OutputLayer(weight, bias, self._scaling), None
 
+    @property
+    def has_linear_output(self) -> bool:
+        """Whether `output` gives hidden states and an output layer, so that logits need not be made."""
+        return self._scaling is not None
+
     @functools.cached_property
     def _scaling(self) -> Scaling | None:
         return find_scaling(self.model, self.vocabulary_size, lambda ids: self.logits(ids, 1))
@@ -129,6 +119,19 @@ class Policy:
         if parameters is None:
             return self.model(**arguments)
         return torch.func.functional_call(self.model, dict(parameters), (), dict(arguments))
+
+    def run_keeping(self, keep: int, arguments: Mapping[str, Any],
+                    parameters: Mapping[str, Tensor] | None = None) -> Any:
+        """`run`, with logits at the last `keep` positions alone where the model can do without the others."""
+        length = arguments["input_ids"].shape[1]
+        if "logits_to_keep" in self._accepts:
+            return self.run({**arguments, "logits_to_keep": keep}, parameters)
+        if length <= keep or not self.has_linear_output:
+            return self.run(arguments, parameters)
+        forward = self.model.get_output_embeddings().forward
+        # Scaled and capped at most, each position's logits depend on its own hidden state.
+        with watched_output(self.model, lambda h: forward(h[:, -keep:] if h.shape[1:-1] == (length,) else h)):
+            return self.run(arguments, parameters)
 
     @contextlib.contextmanager
     def forward_mode(self) -> Iterator[None]:
