@@ -1,4 +1,5 @@
 import gc
+import inspect
 import math
 import weakref
 
@@ -310,6 +311,24 @@ def test_sketches_of_batches_and_sets_belong_together():
     exact = dh.fisher_kernel(policy, one, two, p)
     large = dh.fisher_sketch(policy, one, 2**14, p) @ dh.fisher_sketch(policy, two, 2**14, p).T
     assert (large - exact).norm() < 0.1 * dh.fisher_kernel(policy, one, preconditioner=p).norm()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"policy": None}, "policy: expected a Policy, got None"),
+    ({"rollouts": [1]}, "rollouts: expected a Rollouts, got list"),
+    ({"others": "rollouts"}, "others: expected a Rollouts, got 'rollouts'"),
+    ({"level": None}, "level: expected one of sequence, token, got None"),
+    ({"batch_size": "2"}, "batch_size: expected an integer ≥ 1, got '2'"),
+    ({"preconditioner": 1.0}, "preconditioner: expected a mapping from names to tensors, got 1.0"),
+    ({"preconditioner": {"model.norm.weight": [1.0]}}, r"preconditioner\['model.norm.weight'\]: expected a tensor"),
+    ({"dimension": None}, "dimension: expected an integer ≥ 1, got None"),
+    ({"seed": "a"}, "seed: expected an integer ≥ 0, got 'a'")])
+def test_wrong_types_are_named(arguments, message):
+    given = {"policy": build("llama"), "rollouts": rollouts_for(), **arguments}
+    for function in (dh.fisher_kernel, dh.fisher_sketch):
+        if arguments.keys() <= set(inspect.signature(function).parameters):
+            with pytest.raises(TypeError, match=message):
+                function(**given)
 
 
 def test_bad_arguments_are_named():
