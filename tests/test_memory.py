@@ -13,6 +13,7 @@ from conftest import CONFIGS, MORE, build_model, random_rollouts
 from deltah import memory
 from deltah.derivatives import sample_gradients, taylor
 from deltah.rollouts import resample
+from deltah.scoring import batches
 
 V = 37
 NAMES = sorted({*CONFIGS, *MORE})
@@ -190,6 +191,16 @@ def test_rows_count_the_prompt_and_what_is_free(monkeypatch):
         assert memory.rows_at_once(policy, length, kind, held=one + 100) == 2
     monkeypatch.setattr(memory, "free", lambda device: 0)
     assert memory.rows_at_once(policy, 400, "backward") == 1
+
+
+def test_gradients_have_their_part_of_the_budget(monkeypatch):
+    """That of a batch, and the sum of those before it, beside two graphs."""
+    policy, rollouts = dh.Policy(build_model("llama", V)), full_rollouts(6, 16)
+    needed = 2 * 4 * sum(p.numel() for p in policy.parameters.values()) + 2.5 * memory.sequence_bytes(
+        policy, 16, "backward")
+    monkeypatch.setattr(memory, "free", lambda device: needed / memory.SHARE)
+    assert [len(rows) for rows in batches(policy, rollouts)] == [2, 2, 2]
+    assert len(batches(policy, rollouts, kind="forward")) == 1
 
 
 def test_eager_attention_keeps_its_weights():
