@@ -1,4 +1,5 @@
 import gc
+import inspect
 import math
 import weakref
 
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import deltah as dh
 from conftest import CONFIGS, MORE, build_model, random_rollouts
-from deltah import kernels
+from deltah import kernels, memory
 from deltah.derivatives import factors, sample_gradients
 from deltah.scoring import score
 from test_updates import low_rank_policy
@@ -86,8 +87,9 @@ def test_every_way_of_computing_agrees(name, limit, monkeypatch):
 def test_what_does_not_fit_meets_in_blocks(name, batch_size, monkeypatch):
     policy, one, two = build(name), rollouts_for(count=7), rollouts_for(count=4, response=9, seed=1)
     a, b, p = gradients(policy, one), gradients(policy, two), random_preconditioner(policy)
-    size = kernels._block_size(policy, one, one)
-    monkeypatch.setattr(kernels, "FACTORS", kernels.FACTORS * 5 // size)
+    # Of what is held for two blocks of two rollouts.
+    needed = 5 * memory.position_bytes(policy) * int(one.attention_mask.sum(1).max())
+    monkeypatch.setattr(memory, "free", lambda device: needed / memory.SHARE / kernels.OF_FACTORS + 9)
     assert kernels._block_size(policy, one, one) == 2
     assert_close(dh.fisher_kernel(policy, one, preconditioner=p, batch_size=batch_size), a * flat(policy, p) @ a.T)
     assert_close(dh.fisher_kernel(policy, one, two, batch_size=batch_size), a @ b.T)
@@ -309,6 +311,24 @@ def test_sketches_of_batches_and_sets_belong_together():
     exact = dh.fisher_kernel(policy, one, two, p)
     large = dh.fisher_sketch(policy, one, 2**14, p) @ dh.fisher_sketch(policy, two, 2**14, p).T
     assert (large - exact).norm() < 0.1 * dh.fisher_kernel(policy, one, preconditioner=p).norm()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"policy": None}, "policy: expected a Policy, got None"),
+    ({"rollouts": [1]}, "rollouts: expected a Rollouts, got list"),
+    ({"others": "rollouts"}, "others: expected a Rollouts, got 'rollouts'"),
+    ({"level": None}, "level: expected one of sequence, token, got None"),
+    ({"batch_size": "2"}, "batch_size: expected an integer ≥ 1, got '2'"),
+    ({"preconditioner": 1.0}, "preconditioner: expected a mapping from names to tensors, got 1.0"),
+    ({"preconditioner": {"model.norm.weight": [1.0]}}, r"preconditioner\['model.norm.weight'\]: expected a tensor"),
+    ({"dimension": None}, "dimension: expected an integer ≥ 1, got None"),
+    ({"seed": "a"}, "seed: expected an integer ≥ 0, got 'a'")])
+def test_wrong_types_are_named(arguments, message):
+    given = {"policy": build("llama"), "rollouts": rollouts_for(), **arguments}
+    for function in (dh.fisher_kernel, dh.fisher_sketch):
+        if arguments.keys() <= set(inspect.signature(function).parameters):
+            with pytest.raises(TypeError, match=message):
+                function(**given)
 
 
 def test_bad_arguments_are_named():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import deltah as dh
+from conftest import build_model, random_rollouts
 from deltah import measurement
 from deltah.rollouts import resample
 
@@ -120,6 +121,35 @@ def test_resampling_keeps_what_it_is_told_to(shipped, problems):
     whole = resample(shipped, rollouts, rollouts.lengths, uniforms)
     ended = rollouts.lengths < 32
     assert torch.equal(whole.lengths[ended], rollouts.lengths[ended])
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_next_tokens_are_drawn_from_one_positions_logits(linear, monkeypatch):
+    model = build_model("phi" if linear else "llama", 37, torch.float64)
+    if not linear:
+        model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Tanh())
+    policy, rollouts = dh.Policy(model), random_rollouts(37, 6, 5, 6)
+    position = rollouts.lengths - 1 - torch.arange(6) % 2 * (rollouts.lengths > 1)
+    shifted = policy.shifted({name: 0.1 * torch.ones_like(p) for name, p in policy.parameters.items()}, 1.0)
+    run, made = dh.Policy.run, []
+
+    def watched(self, arguments, parameters=None):
+        output = run(self, arguments, parameters)
+        made.append(len(output.logits) == len(arguments["input_ids"]))
+        return output
+
+    assert policy.has_linear_output == linear
+    monkeypatch.setattr(dh.Policy, "run", watched)
+    for parameters in (None, shifted):
+        made.clear()
+        found = measurement._next_token_probs(policy, rollouts, position, parameters)
+        # Numbers of our own stand in for the logits where the output layer is linear.
+        assert any(made) != linear
+        for i, k in enumerate(position.tolist()):
+            ids = rollouts.input_ids[i][rollouts.attention_mask[i]]
+            before = ids[:len(ids) - int(rollouts.lengths[i]) + k]
+            expected = (policy.logits(before[None], 1, parameters)[0, -1] / rollouts.temperature).softmax(-1)
+            torch.testing.assert_close(found[i], expected, atol=1e-6, rtol=1e-6)
 
 
 def test_bad_input_is_named(enumerated):

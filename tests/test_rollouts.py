@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import deltah as dh
-from conftest import build_model
-from deltah.rollouts import _draw, resample
+from conftest import CONFIGS, MORE, build_model
+from deltah.models import accepts
+from deltah.rollouts import _draw, check_rollouts, resample
 
 PROMPTS = ["Ava has 3 eggs.", "Ben has 12 coins. Ben sells 4. How many coins does Ben have?\n", "2"]
 
@@ -281,6 +282,54 @@ def test_more_responses_and_longer_ones_extend_those_of_a_smaller_call(shipped):
     assert torch.equal(large.response_ids[rows, :6], small.response_ids)
 
 
+def all_positions(monkeypatch):
+    """From here on, models take no argument for which positions they should make logits of."""
+    monkeypatch.setattr("deltah.policies.accepts", lambda kind, name: name != "logits_to_keep" and accepts(kind, name))
+
+
+@pytest.mark.parametrize("takes_it", [True, False])
+@pytest.mark.parametrize("name", sorted({*CONFIGS, *MORE}))
+def test_a_prompt_is_read_without_logits_but_the_last_positions(shipped, name, takes_it, monkeypatch):
+    """Whether the model takes an argument for it or not."""
+    policy = dh.Policy(build_model(name, shipped.vocabulary_size), shipped.tokenizer)
+    if not takes_it:
+        all_positions(monkeypatch)
+    run, made = dh.Policy.run, []
+
+    def watched(self, arguments, parameters=None):
+        output = run(self, arguments, parameters)
+        made.append((tuple(arguments["input_ids"].shape), tuple(output.logits.shape)))
+        return output
+
+    monkeypatch.setattr(dh.Policy, "run", watched)
+    rollouts = dh.sample(policy, PROMPTS, responses_per_prompt=2, max_new_tokens=4, seed=5)
+    (ids, logits), *steps = made
+    assert ids[1] > 10 and logits == (3, 1, shipped.vocabulary_size)
+    assert all(ids[1] == logits[1] == 1 for ids, logits in steps)
+    # The same tokens as from logits of all positions.
+    monkeypatch.setattr(dh.Policy, "run_keeping", lambda self, keep, *arguments: run(self, *arguments))
+    assert torch.equal(dh.sample(policy, PROMPTS, 2, max_new_tokens=4, seed=5).input_ids, rollouts.input_ids)
+
+
+def test_an_output_layer_that_looks_at_all_positions_gets_them(shipped, monkeypatch):
+    """A model that neither takes the argument nor leaves its logits at a scaled linear layer."""
+    class Mixed(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, hidden):
+            return self.layer(hidden + hidden.mean(1, keepdim=True))
+
+    model = build_model("llama", shipped.vocabulary_size)
+    model.lm_head = Mixed(model.lm_head)
+    policy = dh.Policy(model, shipped.tokenizer)
+    ids = torch.tensor(shipped.encode(PROMPTS[:1]))
+    expected = model(ids).logits[:, -2:]
+    all_positions(monkeypatch)
+    torch.testing.assert_close(policy.logits(ids, keep=2), expected)
+
+
 def test_rows_of_a_prompt_are_adjacent_and_padded_on_the_left(shipped):
     rollouts = dh.sample(shipped, PROMPTS, responses_per_prompt=3, max_new_tokens=4)
     assert rollouts.prompt_index.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -459,3 +508,34 @@ def test_nan_logits_are_refused(shipped):
     policy = dh.Policy(model, shipped.tokenizer)
     with pytest.raises(ValueError, match="policy: the model's logits are NaN"):
         dh.sample(policy, ["a"])
+
+
+def test_rollouts_longer_than_the_context_are_refused():
+    policy = dh.Policy(build_model("llama", 37))
+    ids = torch.zeros(2, 131, dtype=torch.long)
+    mask = torch.ones(2, 131, dtype=torch.bool)
+    mask[0, :100] = False
+    long = dh.Rollouts(ids, mask, torch.ones(2, 4, dtype=torch.bool), torch.arange(2))
+    rewarded = long.replace(rewards=torch.tensor([0.0, 1.0]))
+    fits, v = long.select(slice(1)), {"model.norm.weight": torch.ones(32)}
+    sgd = torch.optim.SGD(policy.parameters.values(), lr=0.1)
+    calls = {
+        "score": lambda r: dh.score(policy, r), "kernel": lambda r: dh.fisher_kernel(policy, r),
+        "others": lambda r: dh.fisher_kernel(policy, fits, r), "sketch": lambda r: dh.fisher_sketch(policy, r, 8),
+        "tokens": lambda r: dh.fisher_kernel(policy, r, level="token"),
+        "change": lambda r: dh.entropy_change(policy, r, v, baseline="none"),
+        "measured": lambda r: dh.measured_entropy_change(policy, r, v, [0.1]),
+        "direction": lambda r: dh.update_direction(policy, r.replace(rewards=rewarded.rewards[:len(r)]), optimizer=sgd)}
+    message = "rollouts: expected at most the 128 tokens of the model's context, .* rollout 1, has 131"
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=message):
+            call(long)
+        if name != "measured":
+            call(fits)
+    # Padding is no part of a sequence, and what has no context has no limit.
+    assert fits.input_ids.shape[1] == 131
+    check_rollouts(dh.Policy(build_model("bloom", 37)), long)
+    uniforms = torch.rand(1, 98, dtype=torch.float64)
+    resample(policy, fits, torch.tensor([2]), uniforms)
+    with pytest.raises(ValueError, match="rollout 0, has 129 with a response of 102"):
+        resample(policy, fits, torch.tensor([2]), torch.rand(1, 102, dtype=torch.float64))

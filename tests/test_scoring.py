@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,11 +173,46 @@ def test_nan_logits_name_the_rollout(shipped):
         dh.score(shipped, rollouts, broken)
 
 
+@pytest.mark.parametrize("arguments, message", [
+    ({"policy": None}, "policy: expected a Policy, got None"),
+    ({"policy": torch.nn.Linear(2, 2)}, "policy: expected a Policy, got Linear"),
+    ({"rollouts": None}, "rollouts: expected a Rollouts, got None"),
+    ({"rollouts": ["a"]}, "rollouts: expected a Rollouts, got list"),
+    ({"parameters": [1]}, "parameters: expected a mapping from names to tensors, got list"),
+    ({"parameters": {"model.norm.weight": 2.0}}, r"parameters\['model.norm.weight'\]: expected a tensor, got 2.0"),
+    ({"batch_size": "2"}, "batch_size: expected an integer ≥ 1, got '2'"),
+    ({"batch_size": True}, "batch_size: expected an integer ≥ 1, got True")])
+def test_wrong_types_are_named(shipped, arguments, message):
+    rollouts = dh.sample(shipped, PROMPTS, 1, max_new_tokens=3)
+    with pytest.raises(TypeError, match=message):
+        dh.score(**{"policy": shipped, "rollouts": rollouts, **arguments})
+
+
+def test_numbers_of_numpy_are_welcome(shipped):
+    rollouts = dh.sample(shipped, PROMPTS, 1, max_new_tokens=3)
+    assert len(dh.score(shipped, rollouts, batch_size=np.int64(2)).entropies) == 3
+
+
+def test_wrong_logits_are_named():
+    logits, targets = torch.zeros(3, 4), torch.zeros(3, dtype=torch.long)
+    for wrong, error, message in (
+            (([0.0], targets), TypeError, "logits: expected a tensor, got list"),
+            ((targets, targets), TypeError, "logits: expected floating-point numbers"),
+            ((torch.tensor(1.0), targets), ValueError, r"logits: expected shape \[..., V\], got \[\]"),
+            ((logits, logits[:, 0]), TypeError, "targets: expected integers"),
+            ((logits, targets[:2]), ValueError, r"targets: expected shape \[3\], got \[2\]"),
+            ((logits, targets + 4), ValueError, "targets: expected integers from 0 to 3, got 4 to 4")):
+        with pytest.raises(error, match=message):
+            log_probs_and_entropies(*wrong)
+
+
 def test_bad_arguments_are_named(shipped):
     rollouts = dh.sample(shipped, PROMPTS, 1, max_new_tokens=3)
     with pytest.raises(ValueError, match="batch_size: expected an integer ≥ 1, got 0"):
         dh.score(shipped, rollouts, batch_size=0)
     with pytest.raises(ValueError, match="parameters: the model has none named 'nonsense'"):
         dh.score(shipped, rollouts, {"nonsense": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"parameters\['model.norm.weight'\]: expected shape \[128\], got \[1\]"):
+        dh.score(shipped, rollouts, {"model.norm.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="rollouts: expected token ids below the policy's vocabulary size 434"):
         dh.score(shipped, rollouts.replace(input_ids=rollouts.input_ids + 600))

@@ -28,7 +28,7 @@ from deltah.derivatives.taylor import derivatives_along
 from deltah.entropy import UNITS
 from deltah.estimates import Estimate
 from deltah.policies import Policy
-from deltah.rollouts import Rollouts
+from deltah.rollouts import Rollouts, check_rollouts
 from deltah.scoring import batches, in_batches, score_batch, weighted_gradient
 from deltah.updates import Direction
 
@@ -183,6 +183,7 @@ def _derivatives(policy: Policy, rollouts: Rollouts, direction: Direction | Mapp
                  baseline: str, batch_size: int | None) -> _Derivatives:
     v = direction.vector if isinstance(direction, Direction) else direction
     policy.check(v)
+    check_rollouts(policy, rollouts)
     parameters = {name: p.detach() for name, p in policy.parameters.items()}
     # What does not move needs no tangent.
     v = {name: x.detach().to(parameters[name]) for name, x in v.items() if x.any()}
@@ -202,10 +203,7 @@ def _derivatives(policy: Policy, rollouts: Rollouts, direction: Direction | Mapp
             values = [h, *chain.from_iterable(derivatives)]
         return values + [hidden] * (baseline == "regression")
 
-    if batch_size is None:
-        # Values and tangents take the room of two.
-        batch_size = max(1, policy.rows_at_once(rollouts.response_mask.shape[1], logits=False) // 2)
-    rows = batches(policy, rollouts, batch_size)
+    rows = batches(policy, rollouts, batch_size, "series", order)
     try:
         with policy.forward_mode():
             results = list(in_batches(rollouts, rows, one_batch))

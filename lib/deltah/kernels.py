@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,25 +20,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from deltah import checks, memory
 from deltah.derivatives.sample_gradients import SampleGradient, sample_gradients
 from deltah.policies import Policy
-from deltah.rollouts import Rollouts
-from deltah.scoring import batches, check_tokens
+from deltah.rollouts import Rollouts, check_rollouts
+from deltah.scoring import batches
 
 LEVELS = ("sequence", "token")
 # Numbers that gradients formed at a time should hold, so that their memory is used again without going back to the
-# system; the rows that a matrix should have nevertheless, and the numbers it may hold for that.
-FORMED, THINNEST, ROOM = 2**22, 16, 2**26
-# Numbers that the matrices may hold that a layer is contracted through.
-CONTRACTED = 2**24
+# system; the rows that a matrix should have nevertheless.
+FORMED, THINNEST = 2**22, 16
+# Numbers that may be held, if the memory is there: by gradients formed for the sake of these rows; by the matrices that
+# a layer is contracted through; of a block's output layer, to be computed once.
+ROOM, CONTRACTED, KEPT = 2**26, 2**24, 2**27
 # Products that are summed in float32: matrix products of greater depth lose digits (4e-4 of K at 15 million).
 DEPTH = 2**13
 # Rows below which a matrix product gets slow.
 NARROWEST = 64
-# Bytes that the factors of gradients may take on a CPU.
-FACTORS = 2**33
-# Numbers that are kept of a block's output layer, to be computed once.
-KEPT = 2**27
+# Of a call's budget: the factors of gradients, a backward pass, and each of the three above.
+OF_FACTORS, OF_PASS, OF_EACH = 0.55, 0.25, 0.05
 # Coordinates of a parameter that a sketch hashes together.
 HASHED = 2**18
 
@@ -67,8 +67,9 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
         [N, N'], in float64 for a float64 policy and float32 otherwise.
 
     Raises:
-        ValueError: an unknown level, a preconditioner that does not fit the policy, temperatures that differ, a policy
-            without trainable parameters, or a result that is not finite.
+        TypeError: an argument of the wrong type. ValueError: an unknown level, a preconditioner that does not fit the
+            policy, temperatures that differ, rollouts that the policy cannot run, a policy without trainable
+            parameters, or a result that is not finite.
 
     Source: the notes, sections 2.1 and 2.7.
 
@@ -76,10 +77,12 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
     >>> eta / len(rollouts) * kernel @ rollouts.advantages     # δ log π(t) of an SGD step   # doctest: +SKIP
     """
     left = _samples(policy, rollouts, level)
-    right = left if others is None else _samples(policy, others, level)
+    right = left if others is None else _samples(policy, checks.instance("others", others, Rollouts), level)
     if right.temperature != left.temperature:
         raise ValueError(f"others: expected the temperature {left.temperature} of rollouts, got {right.temperature}")
     scale = _checked(policy, preconditioner)
+    if batch_size is not None:
+        batch_size = checks.integer("batch_size", batch_size, minimum=1)
     kernel = torch.zeros(len(left), len(right), dtype=torch.float64, device=policy.device)
     size = _block_size(policy, left, right)
     rows, across = batches(policy, left, size), batches(policy, right, size)
@@ -87,7 +90,7 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
     columns = [rows[a + 1:] if others is None else across for a in range(len(rows))]
     total = sum(len(first) + sum(map(len, row)) for first, row in zip(rows, columns, strict=True))
     with tqdm(total=total, desc="kernel", unit="rollout", leave=False, delay=1) as progress:
-        passes = _Passes(policy, scale, batch_size, progress)
+        passes = _Passes(policy, scale, batch_size, _limits(policy), progress)
         for first, row in zip(rows, columns, strict=True):
             chosen, here = left.select(first), first[:, None]
             if others is None and not row:
@@ -95,7 +98,7 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
                 break
             held = passes.gradients(chosen)
             if others is None:
-                kernel[here, first] = _products(held, held, scale, (len(first), len(first)))
+                kernel[here, first] = _products(held, held, scale, (len(first), len(first)), passes.limits)
             for second in row:
                 kernel[here, second] = passes.meet(right.select(second), held, len(first))
                 if others is None:
@@ -137,8 +140,10 @@ def fisher_sketch(policy: Policy, rollouts: Rollouts, dimension: int = 4096,
     >>> z = fisher_sketch(policy, rollouts, dimension=1024)                  # doctest: +SKIP
     >>> z @ z.T                            # the kernel, to about 3% of √(K_ii K_jj)   # doctest: +SKIP
     """
-    if dimension < 1:
-        raise ValueError(f"dimension: expected an integer ≥ 1, got {dimension}")
+    dimension = checks.integer("dimension", dimension, minimum=1)
+    seed = checks.integer("seed", seed, minimum=0)
+    if batch_size is not None:
+        batch_size = checks.integer("batch_size", batch_size, minimum=1)
     samples = _samples(policy, rollouts, level)
     scale = _checked(policy, preconditioner)
     for name, p in (scale or {}).items():
@@ -147,16 +152,16 @@ def fisher_sketch(policy: Policy, rollouts: Rollouts, dimension: int = 4096,
     roots = None if scale is None else {name: p.sqrt() for name, p in scale.items()}
     kind = torch.promote_types(policy.dtype, torch.float32)
     sketch = torch.zeros(len(samples), dimension, dtype=kind, device=policy.device)
-    most = ROOM // HASHED if batch_size is None else min(batch_size, ROOM // HASHED)
+    limits = _limits(policy)
     with tqdm(total=len(samples), desc="sketch", unit="rollout", leave=False, delay=1) as progress:
-        for rows in _batches(policy, samples, batch_size, most):
+        for rows in _batches(policy, samples, batch_size, max(1, limits.room // HASHED)):
             part = torch.zeros(len(rows), dimension, dtype=kind, device=policy.device)
 
             def receive(gradient: SampleGradient, part=part) -> None:
                 if roots is None or gradient.name in roots:
                     part += _hashed(gradient, None if roots is None else roots[gradient.name], dimension, seed)
 
-            sample_gradients(policy, samples.select(rows), receive, KEPT)
+            sample_gradients(policy, samples.select(rows), receive, limits.kept)
             sketch[rows] = part
             progress.update(len(rows))
     return sketch
@@ -164,11 +169,11 @@ def fisher_sketch(policy: Policy, rollouts: Rollouts, dimension: int = 4096,
 
 def _samples(policy: Policy, rollouts: Rollouts, level: str) -> Rollouts:
     """A rollout for each row of the kernel."""
-    if level not in LEVELS:
-        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
+    checks.choice("level", level, LEVELS)
+    checks.instance("policy", policy, Policy)
+    check_rollouts(policy, rollouts)
     if not policy.parameters:
         raise ValueError("policy: has no trainable parameters, so its kernel is empty; set requires_grad on some")
-    check_tokens(policy, rollouts)
     rollouts = rollouts.to(policy.device)
     if level == "sequence":
         return rollouts
@@ -187,6 +192,9 @@ def _samples(policy: Policy, rollouts: Rollouts, level: str) -> Rollouts:
 def _checked(policy: Policy, preconditioner: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
     if preconditioner is None:
         return None
+    checks.instance("preconditioner", preconditioner, Mapping, "a mapping from names to tensors")
+    for name, p in preconditioner.items():
+        checks.tensor(f"preconditioner[{name!r}]", p, kind="number")
     policy.check(preconditioner, "preconditioner")
     return {name: p.detach().to(policy.device) for name, p in preconditioner.items()}
 
@@ -194,20 +202,30 @@ def _checked(policy: Policy, preconditioner: Mapping[str, Tensor] | None) -> dic
 def _batches(policy: Policy, rollouts: Rollouts, batch_size: int | None, most: int | None = None) -> list[Tensor]:
     """Row indices of the rollouts of one backward pass each."""
     if batch_size is None:
-        batch_size = policy.rows_at_once(int(rollouts.attention_mask.sum(1).max()), logits=False)
+        length = int(rollouts.attention_mask.sum(1).max())
+        logits = 0 if policy.has_linear_output else rollouts.response_mask.shape[1]
+        batch_size = memory.rows_at_once(policy, length, "backward", logits=logits, share=OF_PASS)
     return batches(policy, rollouts, batch_size if most is None else min(batch_size, most))
 
 
 def _block_size(policy: Policy, left: Rollouts, right: Rollouts) -> int:
     """Rollouts of either set whose factors are held at a time."""
-    budget = FACTORS
-    if policy.device.type == "cuda":
-        budget = torch.cuda.mem_get_info(policy.device)[0] // 2
-    # What goes into each layer, and the gradient of what comes out of it.
-    position = sum(max(4, p.element_size()) * sum(p.shape[-2:]) for p in policy.model.parameters()
-                   if p.ndim > 1 and policy.vocabulary_size not in p.shape)
-    most = budget // max(1, position * max(int(x.attention_mask.sum(1).max()) for x in (left, right)))
+    longest = max(int(x.attention_mask.sum(1).max()) for x in (left, right))
+    most = memory.budget(policy.device, OF_FACTORS) // max(1, memory.position_bytes(policy) * longest)
     return max(1, most if left is right and len(left) <= most else most // 2)
+
+
+class _Limits(NamedTuple):
+    """Numbers that parts of a call may hold, as at ROOM, CONTRACTED and KEPT."""
+
+    room: int
+    contracted: int
+    kept: int
+
+
+def _limits(policy: Policy) -> _Limits:
+    kind = torch.promote_types(policy.dtype, torch.float32)
+    return _Limits(*(memory.numbers(policy.device, kind, most, OF_EACH) for most in (ROOM, CONTRACTED, KEPT)))
 
 
 # The gradients of one parameter, in parts with the rows that each is of; and of all, by name and slice.
@@ -221,42 +239,48 @@ class _Passes(NamedTuple):
     policy: Policy
     scale: Mapping[str, Tensor] | None
     batch_size: int | None
+    limits: _Limits
     progress: tqdm
 
-    def hand_over(self, rollouts: Rollouts, receive: Callable[[Tensor, SampleGradient], None]) -> None:
+    def hand_over(self, rollouts: Rollouts, batches: Sequence[Tensor],
+                  receive: Callable[[Tensor, SampleGradient], None]) -> None:
         """Call `receive` with each gradient and the rows that it is of."""
-        for rows in _batches(self.policy, rollouts, self.batch_size):
+        for rows in batches:
             def wanted(gradient: SampleGradient, rows=rows) -> None:
                 if self.scale is None or gradient.name in self.scale:
                     receive(rows, gradient)
 
-            sample_gradients(self.policy, rollouts.select(rows), wanted, KEPT * len(rows) // len(rollouts))
+            kept = self.limits.kept * len(rows) // len(rollouts)
+            sample_gradients(self.policy, rollouts.select(rows), wanted, kept)
             self.progress.update(len(rows))
 
-    def gradients(self, rollouts: Rollouts) -> Gradients:
+    def gradients(self, rollouts: Rollouts, batches: Sequence[Tensor] | None = None) -> Gradients:
         found: Gradients = defaultdict(list)
-        self.hand_over(rollouts, lambda rows, gradient: found[gradient.name, gradient.index].append((rows, gradient)))
+        self.hand_over(rollouts, batches or _batches(self.policy, rollouts, self.batch_size),
+                       lambda rows, gradient: found[gradient.name, gradient.index].append((rows, gradient)))
         return found
 
     def meet(self, rollouts: Rollouts, held: Gradients | None = None, count: int | None = None) -> Tensor:
         """Products of the gradients that are held, of `count` rollouts, or of the rollouts' own, with the rollouts'."""
         shape = count or len(rollouts), len(rollouts)
-        if len(_batches(self.policy, rollouts, self.batch_size)) > 1:
-            found = self.gradients(rollouts)
-            return _products(found if held is None else held, found, self.scale, shape)
+        batches = _batches(self.policy, rollouts, self.batch_size)
+        if len(batches) > 1:
+            found = self.gradients(rollouts, batches)
+            return _products(found if held is None else held, found, self.scale, shape, self.limits)
         # Those of a single batch need not be held.
         total = torch.zeros(shape, dtype=torch.float64, device=self.policy.device)
 
         def receive(rows: Tensor, gradient: SampleGradient) -> None:
             nonlocal total
             own = {(gradient.name, gradient.index): [(rows, gradient)]}
-            total += _products(own if held is None else held, own, self.scale, shape)
+            total += _products(own if held is None else held, own, self.scale, shape, self.limits)
 
-        self.hand_over(rollouts, receive)
+        self.hand_over(rollouts, batches, receive)
         return total
 
 
-def _products(left: Gradients, right: Gradients, scale: Mapping[str, Tensor] | None, shape: tuple[int, int]) -> Tensor:
+def _products(left: Gradients, right: Gradients, scale: Mapping[str, Tensor] | None, shape: tuple[int, int],
+              limits: _Limits) -> Tensor:
     """Σ_α P_α G_iα G_jα in float64."""
     total = 0.0
     for key in left.keys() & right.keys():
@@ -271,20 +295,21 @@ def _products(left: Gradients, right: Gradients, scale: Mapping[str, Tensor] | N
         if scale is not None:
             p = first[0][1].part_of(scale[key[0]])
             p = p if rows is None else p[rows]
-        contract = p is None and _is_cheaper_contracted(first, second)
-        total = total + (_contracted(first, second, shape) if contract else _formed(first, second, p, shape))
+        contract = p is None and _is_cheaper_contracted(first, second, limits.contracted)
+        total = total + (_contracted(first, second, shape) if contract else
+                         _formed(first, second, p, shape, limits.room))
     return total
 
 
-def _is_cheaper_contracted(first: Parts, second: Parts) -> bool:
-    """Whether that takes fewer multiplications than to form gradients, and matrices that are not too large."""
+def _is_cheaper_contracted(first: Parts, second: Parts, most: int) -> bool:
+    """Whether that takes fewer multiplications than to form gradients, and matrices of at most so many numbers."""
     if any(gradient.positions is None for _, gradient in first + second):
         return False
     o, i = first[0][1].shape
     (n, most_n, rows_n), (m, most_m, rows_m) = (
         (sum(len(x) for x, _ in parts), max(len(x) * g.positions for x, g in parts),
          sum(len(x) * g.positions for x, g in parts)) for parts in (first, second))
-    return most_n * most_m <= CONTRACTED and rows_n * rows_m * (o + i) < (rows_n + n * m) * o * i
+    return most_n * most_m <= most and rows_n * rows_m * (o + i) < (rows_n + n * m) * o * i
 
 
 def _pairs(first: Parts, second: Parts) -> Iterator[tuple[int, int]]:
@@ -312,11 +337,11 @@ def _contracted(first: Parts, second: Parts, shape: tuple[int, int]) -> Tensor:
     return total
 
 
-def _formed(first: Parts, second: Parts, p: Tensor | None, shape: tuple[int, int]) -> Tensor:
+def _formed(first: Parts, second: Parts, p: Tensor | None, shape: tuple[int, int], room: int) -> Tensor:
     total = torch.zeros(shape, dtype=torch.float64, device=first[0][0].device)
     o, i = first[0][1].shape
     row = sum(shape) * i
-    for block in _slices(o, max(FORMED // row, min(THINNEST, ROOM // row))):
+    for block in _slices(o, max(FORMED // row, min(THINNEST, room // row))):
         left = [gradient.formed(block).flatten(1) for _, gradient in first]
         right = left if first is second else [gradient.formed(block).flatten(1) for _, gradient in second]
         if p is not None:

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from deltah import memory
 from deltah.entropy import UNITS
 from deltah.estimates import Estimate
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts, resample
-from deltah.scoring import TokenScores, left_aligned, score
+from deltah.scoring import TokenScores, batches, response_output, score
 from deltah.updates import Direction
+from deltah.vocabulary import tile_logits
 
 METHODS = ("importance", "coupled")
 # Below this share of effective samples, intervals of importance weights cover less than they say: 81% instead of 95%
@@ -144,25 +146,46 @@ def _coupled(policy: Policy, rollouts: Rollouts, before: TokenScores, parameters
         return rollouts
     first = parted[rows].int().argmax(1)
     branch = rollouts.select(rows)
-    own, other = (_next_token_probs(policy, branch, first, p, batch_size) for p in (None, parameters))
-    excess = (other - own).clamp(min=0).cumsum(1)
-    drawn = torch.searchsorted(excess, uniforms[rows, -1:] * excess[:, -1:], right=True)[:, 0]
+    drawn = _drawn(policy, branch, first, parameters, uniforms[rows, -1:], batch_size)
     tokens = rollouts.input_ids.clone()
     tokens[rows, rollouts.prompt_length + first] = drawn
     keep = rollouts.lengths.index_put((rows,), first + 1)
     return resample(policy, rollouts.replace(input_ids=tokens), keep, uniforms[:, :-1], parameters, batch_size)
 
 
-def _next_token_probs(policy: Policy, rollouts: Rollouts, position: Tensor, parameters: Mapping[str, Tensor] | None,
-                      batch_size: int | None) -> Tensor:
+def _drawn(policy: Policy, rollouts: Rollouts, position: Tensor, parameters: Mapping[str, Tensor], uniforms: Tensor,
+           batch_size: int | None) -> Tensor:
+    """Response token `position` [n], drawn from what the policy at `parameters` has in excess of its own, [n].
+
+    Args:
+        uniforms: [n, 1], which pick the token from the cumulative excess.
+    """
+    # Nothing is run past the position.
+    mask = torch.arange(int(position.max()) + 1, device=position.device) <= position[:, None]
+    width = rollouts.prompt_length + mask.shape[1]
+    known = rollouts.attention_mask[:, :rollouts.prompt_length]
+    rollouts = Rollouts(rollouts.input_ids[:, :width], torch.cat([known, mask], 1), mask, rollouts.prompt_index,
+                        temperature=rollouts.temperature)
+    if batch_size is None:
+        longest = int(rollouts.attention_mask.sum(1).max())
+        positions = 1 if policy.has_linear_output else mask.shape[1]
+        batch_size = memory.rows_at_once(policy, longest, "forward", logits=positions)
+    drawn = torch.empty_like(position)
+    for rows in batches(policy, rollouts, batch_size):
+        own, other = (_next_token_probs(policy, rollouts.select(rows), position[rows], p) for p in (None, parameters))
+        excess = (other - own).clamp_(min=0).cumsum(1)
+        drawn[rows] = torch.searchsorted(excess, uniforms[rows] * excess[:, -1:], right=True)[:, 0]
+    return drawn
+
+
+def _next_token_probs(policy: Policy, rollouts: Rollouts, position: Tensor,
+                      parameters: Mapping[str, Tensor] | None) -> Tensor:
     """The distribution that response token `position` [n] was drawn from, [n, V] in float64."""
-    found = []
-    for rows in torch.arange(len(rollouts), device=position.device).split(batch_size or policy.rows_at_once(1)):
-        input_ids, prompt_lengths = left_aligned(rollouts.select(rows))
-        # The token's logits stand at the position before it.
-        before = prompt_lengths[:, 0] + position[rows] - 1
-        width, first = int(before.max()) + 1, int(before.min())
-        logits = policy.logits(input_ids[:, :width], width - first, parameters)
-        place = (before - first)[:, None, None].expand(-1, 1, logits.shape[-1])
-        found.append((logits.gather(1, place)[:, 0].double() / rollouts.temperature).softmax(-1))
-    return torch.cat(found)
+    hidden, layer, logits = response_output(policy, rollouts, parameters)
+
+    def there(x: Tensor) -> Tensor:
+        return x[torch.arange(len(x), device=x.device), position]
+    if layer is None:
+        return there(logits).double().softmax(-1)
+    scaling = layer.scaling._replace(temperature=rollouts.temperature)
+    return tile_logits(there(hidden), layer.weight, layer.bias, scaling).double().softmax(-1)

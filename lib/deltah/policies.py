@@ -17,9 +17,6 @@ from deltah.modes import evaluation, forward_mode, held
 from deltah.output_layers import OutputLayer, linear_output, watched_output
 from deltah.prompts import Prompt, encode
 
-# Entries of its widest tensor that one batch may hold: past 2^22 the CPU spends its time on fresh memory, below 2^28 a
-# GPU idles.
-WIDEST_ON_CPU, WIDEST_ON_GPU = 2**22, 2**28
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -86,15 +83,6 @@ class Policy:
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def rows_at_once(self, positions: int, logits: bool = True) -> int:
-        """How many sequences to run in one batch, with logits or only hidden states at `positions` positions each."""
-        width = size = self.vocabulary_size
-        if not logits and self.has_linear_output:
-            width = max((max(p.shape[-2:]) for p in self.model.parameters()
-                         if p.ndim > 1 and size not in p.shape), default=width)
-        budget = WIDEST_ON_CPU if self.device.type == "cpu" else WIDEST_ON_GPU
-        return max(1, budget // (width * positions))
-
     def logits(self, input_ids: Tensor, keep: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Next-token logits at the last `keep` positions.
 
@@ -110,7 +98,7 @@ class Policy:
         Raises:
             TypeError or ValueError: no token ids of that shape, `keep` outside [1, L], or unknown parameters.
         """
-        return self._all_logits(input_ids, keep, parameters)[:, -keep:]
+        return self.run_keeping(keep, _arguments(input_ids, keep), parameters).logits[:, -keep:]
 
     def output(self, input_ids: Tensor, keep: int,
                parameters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, OutputLayer | None, Tensor | None]:
@@ -136,22 +124,16 @@ class Policy:
 
     def _linear_output(self, input_ids: Tensor, keep: int = 1, parameters: Mapping[str, Tensor] | None = None
                        ) -> tuple[Tensor, OutputLayer] | None:
+        arguments = _arguments(input_ids, keep)
+        if accepts(type(self.model), "logits_to_keep"):
+            arguments["logits_to_keep"] = keep
         with evaluation(self.model):
-            return linear_output(self.model, lambda: self._all_logits(input_ids, keep, parameters))
+            return linear_output(self.model, lambda: self.run(arguments, parameters).logits)
 
     def _finds_linear_output(self) -> bool:
         one_token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.no_grad():
             return self._linear_output(one_token) is not None
-
-    def _all_logits(self, input_ids: Tensor, keep: int, parameters: Mapping[str, Tensor] | None) -> Tensor:
-        """Those of at least the last `keep` positions."""
-        checks.tensor("input_ids", input_ids, ("N", "L"), "integer")
-        keep = checks.integer("keep", keep, minimum=1, maximum=input_ids.shape[1])
-        arguments = {"input_ids": input_ids, "use_cache": False}
-        if accepts(type(self.model), "logits_to_keep"):
-            arguments["logits_to_keep"] = keep
-        return self.run(arguments, parameters).logits
 
     def run(self, arguments: Mapping[str, Any], parameters: Mapping[str, Tensor] | None = None) -> Any:
         """The model's output for keyword `arguments`, with `parameters` in place of its own where given."""
@@ -163,6 +145,20 @@ class Policy:
             if unknown:
                 raise ValueError(f"parameters: the model has none named {min(map(str, unknown))!r}")
             return torch.func.functional_call(self.model, dict(parameters), (), dict(arguments))
+
+    def run_keeping(self, keep: int, arguments: Mapping[str, Any],
+                    parameters: Mapping[str, Tensor] | None = None) -> Any:
+        """`run`, with logits at the last `keep` positions alone where the model can do without the others."""
+        length = arguments["input_ids"].shape[1]
+        if accepts(type(self.model), "logits_to_keep"):
+            return self.run({**arguments, "logits_to_keep": keep}, parameters)
+        if length <= keep or not self.has_linear_output:
+            return self.run(arguments, parameters)
+        with held(self.model):
+            forward = self.model.get_output_embeddings().forward
+            # Scaled and capped at most, each position's logits depend on its own hidden state.
+            with watched_output(self.model, lambda h: forward(h[:, -keep:] if h.shape[1:-1] == (length,) else h)):
+                return self.run(arguments, parameters)
 
     @contextlib.contextmanager
     def forward_mode(self) -> Iterator[None]:
@@ -240,6 +236,13 @@ class Policy:
         checks.tensor("mask", mask, tuple(tokens.shape), "boolean")
         rows = [row[kept].tolist() for row, kept in zip(tokens.cpu(), mask.cpu(), strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def _arguments(input_ids: Tensor, keep: int) -> dict[str, Any]:
+    """For a run without a cache, of which `keep` positions are wanted."""
+    checks.tensor("input_ids", input_ids, ("N", "L"), "integer")
+    checks.integer("keep", keep, minimum=1, maximum=input_ids.shape[1])
+    return {"input_ids": input_ids, "use_cache": False}
 
 
 def load_policy(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "float32") -> Policy:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
-from deltah import checks
+from deltah import checks, memory
 from deltah.modes import evaluation
 from deltah.policies import Policy, find_device
 from deltah.prompts import Prompt, check_prompts, conversational, has_template
@@ -234,6 +234,34 @@ def _check_runs(message: str, wrong: Tensor) -> None:
         raise ValueError(message.format(int(wrong.any(1).nonzero()[0])))
 
 
+def check_rollouts(policy: Policy, rollouts: Rollouts, response_length: int | None = None) -> None:
+    """Refuse rollouts that the policy cannot run: tokens that it does not have, or more of them than its context.
+
+    Args:
+        policy: the policy.
+        rollouts: N rollouts.
+        response_length: tokens that every response may grow to; None: as long as they are.
+
+    Raises:
+        TypeError: no Policy, no Rollouts. ValueError: what the policy cannot run.
+    """
+    checks.instance("policy", policy, Policy)
+    ids = checks.instance("rollouts", rollouts, Rollouts).input_ids
+    if ids.max() >= policy.vocabulary_size or ids.min() < 0:
+        raise ValueError(f"rollouts: expected token ids below the policy's vocabulary size {policy.vocabulary_size}, "
+                         f"got {int(ids.min())} to {int(ids.max())}")
+    if policy.context_length is None:
+        return
+    lengths = rollouts.attention_mask.sum(1)
+    if response_length is not None:
+        lengths = lengths - rollouts.lengths + response_length
+    if lengths.max() > policy.context_length:
+        grown = "" if response_length is None else f" with a response of {response_length}"
+        raise ValueError(f"rollouts: expected at most the {policy.context_length} tokens of the model's context, "
+                         f"prompt and response; the longest, rollout {int(lengths.argmax())}, has "
+                         f"{int(lengths.max())}{grown}")
+
+
 def sample(policy: Policy, prompts: Dataset | Iterable[Prompt], responses_per_prompt: int = 8, max_new_tokens: int = 64,
            temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
            batch_size: int | None = None, reward: str | Reward | None = None, chat: bool | None = None) -> Rollouts:
@@ -301,7 +329,8 @@ def sample(policy: Policy, prompts: Dataset | Iterable[Prompt], responses_per_pr
     count = len(encoded) * responses_per_prompt
     prompt_index = torch.arange(len(encoded)).repeat_interleave(responses_per_prompt)
     uniforms = _uniforms(seed, len(encoded), responses_per_prompt, max_new_tokens)
-    rows = batch_size or policy.rows_at_once(1)
+    longest = max(map(len, encoded)) + max_new_tokens
+    rows = batch_size or memory.rows_at_once(policy, longest, "sampling", logits=1)
     responses, masks = [], []
     with tqdm(total=count, desc="sample", unit="rollout", leave=False, delay=1) as progress, evaluation(
             policy.model):
@@ -358,6 +387,7 @@ def resample(policy: Policy, rollouts: Rollouts, keep: Tensor, uniforms: Tensor,
                          f"got {int(keep.min())} to {int(keep.max())}")
     if not ((uniforms >= 0) & (uniforms < 1)).all():
         raise ValueError("uniforms: expected numbers ≥ 0 and < 1")
+    check_rollouts(policy, rollouts, steps)
     columns = torch.arange(steps, device=policy.device)
     tokens = torch.nn.functional.pad(rollouts.response_ids, (0, steps - rollouts.response_mask.shape[1]))
     mask = columns < keep[:, None]
@@ -365,7 +395,7 @@ def resample(policy: Policy, rollouts: Rollouts, keep: Tensor, uniforms: Tensor,
     last = tokens.gather(1, keep[:, None] - 1)[:, 0]
     running = (~torch.isin(last, stops) & (keep < steps)).nonzero()[:, 0]
     prompts, known = rollouts.input_ids[:, :rollouts.prompt_length], rollouts.attention_mask[:, :rollouts.prompt_length]
-    rows = batch_size or policy.rows_at_once(1)
+    rows = batch_size or memory.rows_at_once(policy, rollouts.prompt_length + steps, "sampling", logits=1)
     for batch in running.split(rows) if len(running) else ():
         encoded = [prompts[i][known[i]].tolist() + tokens[i, :keep[i]].tolist() for i in batch.tolist()]
         # Column j of the continuation is position keep + j of the response.
@@ -433,7 +463,7 @@ def _sample_batch(policy: Policy, encoded: list[list[int]], prompt_index: Tensor
     chosen, inverse = prompt_index.unique(return_inverse=True)
     inverse = inverse.to(policy.device)
     step_ids, attention = _left_pad([encoded[i] for i in chosen.tolist()], policy.device)
-    output = policy.run(policy.generation_arguments(attention, input_ids=step_ids), parameters)
+    output = policy.run_keeping(1, policy.generation_arguments(attention, input_ids=step_ids), parameters)
     cache, logits = getattr(output, "past_key_values", None), output.logits[inverse, -1]
     if cache is None:
         raise ValueError(f"policy: {type(policy.model).__name__} returns no past_key_values; sampling needs a cache")

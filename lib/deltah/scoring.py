@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deltah import checks, memory
 from deltah.modes import evaluation
 from deltah.output_layers import OutputLayer
 from deltah.policies import Policy
-from deltah.rollouts import Rollouts
+from deltah.rollouts import Rollouts, check_rollouts
 from deltah.vocabulary import linear_log_probs_and_entropies
 
 
@@ -39,20 +40,22 @@ def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] |
         TokenScores(log_probs, entropies), each [N, T], in nats; float64 for a float64 policy, else float32.
 
     Raises:
-        ValueError: parameters that the model does not have, token ids outside the vocabulary, logits that
-            are NaN, or `batch_size` < 1.
+        TypeError: an argument of the wrong type. ValueError: parameters that the model does not have, or of another
+            shape, token ids outside the vocabulary, sequences longer than the model's context, logits that are NaN,
+            or `batch_size` < 1.
 
     >>> log_probs, entropies = score(policy, rollouts)                       # doctest: +SKIP
     >>> -log_probs.sum(1).mean()           # the Monte Carlo entropy of a response   # doctest: +SKIP
     """
-    unknown = set(parameters) - set(policy.model.state_dict()) if parameters else None
-    if unknown:
-        raise ValueError(f"parameters: the model has none named {min(unknown)!r}")
-    check_tokens(policy, rollouts)
+    checks.instance("policy", policy, Policy)
+    check_rollouts(policy, rollouts)
+    if parameters is not None:
+        _check_parameters(policy, parameters)
     rollouts = rollouts.to(policy.device)
     with evaluation(policy.model):
-        scores = in_batches(rollouts, batches(policy, rollouts, batch_size),
-                            lambda batch: score_batch(policy, batch, parameters)[0])
+        # With gradients the graphs of all batches stay, and only a caller who scores batch by batch has one at a time.
+        rows = batches(policy, rollouts, batch_size, "backward" if torch.is_grad_enabled() else "forward")
+        scores = in_batches(rollouts, rows, lambda batch: score_batch(policy, batch, parameters)[0])
     scores = TokenScores(*scores)
     wrong = torch.isnan(scores.log_probs + scores.entropies).any(1)
     if wrong.any():
@@ -60,18 +63,28 @@ def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] |
     return scores
 
 
-def check_tokens(policy: Policy, rollouts: Rollouts) -> None:
-    """Raise ValueError where rollouts hold tokens that the policy does not have."""
-    if rollouts.input_ids.max() >= policy.vocabulary_size or rollouts.input_ids.min() < 0:
-        raise ValueError(f"rollouts: expected token ids below the policy's vocabulary size {policy.vocabulary_size}, "
-                         f"got {int(rollouts.input_ids.min())} to {int(rollouts.input_ids.max())}")
+def _check_parameters(policy: Policy, parameters: Mapping[str, Tensor]) -> None:
+    own = policy.model.state_dict(keep_vars=True)
+    for name, p in checks.instance("parameters", parameters, Mapping, "a mapping from names to tensors").items():
+        if name not in own:
+            raise ValueError(f"parameters: the model has none named {name!r}")
+        checks.tensor(f"parameters[{name!r}]", p, own[name].shape)
 
 
-def batches(policy: Policy, rollouts: Rollouts, batch_size: int | None = None) -> list[Tensor]:
-    """Row indices of batches of rollouts of similar length, so that little is computed for padding."""
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: expected an integer ≥ 1, got {batch_size}")
-    rows = batch_size or policy.rows_at_once(rollouts.response_mask.shape[1], logits=False)
+def batches(policy: Policy, rollouts: Rollouts, batch_size: int | None = None, kind: str = "backward",
+            order: int = 0) -> list[Tensor]:
+    """Row indices of batches of rollouts of similar length, so that little is computed for padding.
+
+    Args:
+        policy: the policy.
+        rollouts: N rollouts.
+        batch_size: rollouts in a batch; None: as many as `memory.rows_at_once` allows for a run of this kind and order.
+    """
+    if batch_size is None:
+        logits = 0 if policy.has_linear_output else rollouts.response_mask.shape[1]
+        batch_size = memory.rows_at_once(policy, int(rollouts.attention_mask.sum(1).max()), kind, order, logits,
+                                         held=memory.gradient_bytes(policy) if kind == "backward" else 0)
+    rows = checks.integer("batch_size", batch_size, minimum=1)
     return list(rollouts.attention_mask.sum(1).argsort(stable=True).split(rows))
 
 
@@ -106,7 +119,7 @@ def weighted_gradient(policy: Policy, rollouts: Rollouts, rows: Sequence[Tensor]
     for index in rows:
         index = index.to(weights.device)
         with torch.enable_grad():
-            log_probs, entropies = score(policy, rollouts.select(index))
+            log_probs, entropies = score(policy, rollouts.select(index), batch_size=len(index))
             value = (weights[index].to(log_probs) * log_probs).sum()
             if entropy_weight:
                 value = value + entropy_weight * entropies.sum()
@@ -167,9 +180,17 @@ def log_probs_and_entropies(logits: Tensor, targets: Tensor) -> tuple[Tensor, Te
 
     Logits of −inf are tokens of probability zero.
 
+    Raises:
+        TypeError, ValueError: no tensors of these shapes, or targets outside the vocabulary.
+
     >>> log_probs_and_entropies(torch.zeros(4), torch.tensor(0))
     (tensor(-1.3863), tensor(1.3863))
     """
+    checks.tensor("logits", logits, ("...", "V"), "floating")
+    checks.tensor("targets", targets, logits.shape[:-1], "integer")
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[-1]:
+        raise ValueError(f"targets: expected integers from 0 to {logits.shape[-1] - 1}, got {int(targets.min())} to "
+                         f"{int(targets.max())}")
     log_p = logits.log_softmax(-1)
     log_probs = log_p.gather(-1, targets[..., None])[..., 0]
     # 0 · log 0 = 0, in value and in gradient.

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from deltah import memory
 from deltah.derivatives.factors import Factors, Formed, Output, OutputSlopes, SampleGradient, kind_of, matrix_shape
 from deltah.derivatives.rows import Rows
 from deltah.derivatives.uses import CASTS, RULES, TRANSPOSES, is_index
@@ -32,8 +33,9 @@ from deltah.scoring import log_probs_and_entropies, response_output, score
 
 # Parameters that take part elementwise get a copy for each rollout up to this size.
 SMALL = 2**16
-# Numbers that gradients made by one backward pass for each rollout may hold, beyond a single parameter's.
-TOGETHER = 2**26
+# Numbers that gradients made by one backward pass for each rollout may hold, beyond a single parameter's, and their
+# share of a call's budget.
+TOGETHER, SHARE = 2**26, 0.25
 
 
 def sample_gradients(policy: Policy, rollouts: Rollouts, receive: Callable[[SampleGradient], None],
@@ -59,9 +61,10 @@ def sample_gradients(policy: Policy, rollouts: Rollouts, receive: Callable[[Samp
     groups, unknown = [[]], sorted(watch.unknown)
     # Hooks of what it holds refer to it, and all factors would stay until the next garbage collection.
     vars(watch).clear()
+    together = memory.numbers(policy.device, kind_of(hidden), TOGETHER, SHARE)
     for name in unknown:
         groups[-1].append(name)
-        if len(rollouts) * sum(policy.parameters[name].numel() for name in groups[-1]) > TOGETHER:
+        if len(rollouts) * sum(policy.parameters[name].numel() for name in groups[-1]) > together:
             groups.append([])
     for names in filter(None, groups):
         for gradient in _one_by_one(policy, rollouts, names):
