@@ -2,8 +2,9 @@
 
 import sys
 
-import machines
 import pytest
+
+import machines
 
 # Passes but under avx2, for as long as there is no file `mended`; notes each call.
 STAND_IN = """

@@ -13,7 +13,8 @@ from conftest import ROOT
 # Writes its arguments down, in place of .venv/bin/python.
 STAND_IN = """#!/bin/sh
 case "$1" in -c) exec "{python}" "$@";; esac
-exec "{python}" -c 'import json, os, sys; open("called.json", "w").write(json.dumps([sys.argv[1:], dict(os.environ)]))' "$@"
+exec "{python}" -c 'import json, os, sys
+json.dump([sys.argv[1:], dict(os.environ)], open("called.json", "w"))' "$@"
 """
 HOSTILE = ["x;touch pwned", "$(touch pwned)", "`touch pwned`", "$(shell touch pwned)", "'; touch pwned; '",
            '"; touch pwned; "', "a b  c", "$HOME", "x|touch pwned", "x&touch pwned", "*", "x\\", "$$(touch pwned)"]

@@ -43,15 +43,14 @@ class Project:
         jupytext.write(notebook, self.notebooks / f"{name}.py", fmt="py:percent")
         nbformat.write(notebook, self.notebooks / f"{name}.ipynb")
 
-    def start(self, *arguments, cwd=None, **options):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib"), **options.pop("environment", {})}
+    def start(self, *arguments, cwd=None):
         return subprocess.Popen([sys.executable, self.notebooks / "run.py", "run", *arguments], cwd=cwd or self.root,
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, start_new_session=True,
-                                **options)
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                                env={**os.environ, "PYTHONPATH": str(ROOT / "lib")})
 
-    def run(self, *arguments, **options):
+    def run(self, *arguments, cwd=None):
         """(exit status, all that was printed)"""
-        process = self.start(*arguments, **options)
+        process = self.start(*arguments, cwd=cwd)
         out, err = process.communicate(timeout=300)
         return process.returncode, out + err
 
@@ -179,7 +178,8 @@ def test_what_cannot_be_used_ends_the_run_with_one_line(project, arguments, mess
 
 def test_what_can_be_used_arrives(project, tmp_path):
     """Relative paths are the caller's; a file named like a device or a type is no device; numbers are numbers."""
-    project.chapter("01_chapter", 'if x > 9: dh.load_problems(problems, "train")\nprint(model, problems, device, x + 1)')
+    project.chapter("01_chapter", 'if x > 9: dh.load_problems(problems, "train")\n'
+                                  'print(model, problems, device, x + 1)')
     (tmp_path / "cpu").write_text("")
     shutil.copytree(ROOT / "data" / "policy", tmp_path / "my policy")
     (tmp_path / "mine.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
