@@ -87,6 +87,22 @@ def test_a_tolerance_loosens_decimals_and_nothing_else():
         assert differences(stored, fresh, wide), (stored, fresh)
 
 
+def test_wrong_arguments_are_named():
+    for arguments, message in [((None, ""), "stored: expected a string, got None"),
+                               (("", ["a"]), "fresh: expected a string, got list"),
+                               (("", "", 0.1), "tolerance: expected a Tolerance, got 0.1")]:
+        with pytest.raises(TypeError, match=message):
+            differences(*arguments)
+    for tags in (None, "tolerance=0.1", {"tolerance": 1}, [None]):
+        with pytest.raises(TypeError, match="tags: expected"):
+            Tolerance.read(tags)
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="share: expected a number ≥ 0 and < 1"):
+            Tolerance(share=wrong)
+    with pytest.raises(TypeError, match="units: expected a number ≥ 0, got None"):
+        Tolerance(units=None)
+
+
 def outputs(notebook):
     """(place, text, tolerance) of every text that the stored notebook shows."""
     for number, cell in enumerate(nbformat.read(notebook, 4).cells):

@@ -71,6 +71,11 @@ def test_a_ledger_has_a_chapter_and_a_source():
         Ledger("01", "notes").save(None)
     with pytest.raises(TypeError, match="results: expected a folder, got None"):
         ledger.write_summary(None)
+    for function in (ledger.summarise, ledger.markdown):
+        with pytest.raises(TypeError, match="claims: expected claims, got 3"):
+            function(3)
+        with pytest.raises(TypeError, match=r"claims\[0\]: expected a Claim, got 'x'"):
+            function(["x"])
 
 
 def test_an_id_is_one_statement():

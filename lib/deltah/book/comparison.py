@@ -16,11 +16,13 @@ sequence of words, punctuation and numbers, where white space and line ends only
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from difflib import SequenceMatcher
 from typing import NamedTuple
+
+from deltah import checks
 
 PIECE = re.compile(r"""
     (?P<name>   \d+(?:\.\d+){2,} | 0\d+\.\d+ | (?<=arXiv[ :])\d+\.\d+ | (?<=^\|\ )\d+\.\d+(?=\ \|) )
@@ -45,14 +47,19 @@ class Tolerance:
     share: float = 0.0
     units: float = 0.0
 
+    def __post_init__(self) -> None:
+        checks.number("share", self.share, minimum=0, below=1)
+        checks.number("units", self.units, minimum=0)
+
     @classmethod
-    def read(cls, tags: Iterable[str]) -> Tolerance | None:
+    def read(cls, tags: Sequence[str]) -> Tolerance | None:
         """The tolerance among a cell's tags, or None.
 
         Raises:
             ValueError: more than one, or one that is not `tolerance=SHARE` or `tolerance=abs:UNITS`.
         """
-        found = [tag for tag in tags if tag.startswith("tolerance")]
+        checks.instance("tags", tags, (list, tuple), "a list of strings")
+        found = [tag for tag in tags if checks.instance("tags", tag, str, "strings").startswith("tolerance")]
         if not found:
             return None
         match = re.fullmatch(rf"{TAG}(abs:)?(\d+(?:\.\d+)?(?:e-?\d+)?)", found[0])
@@ -111,6 +118,10 @@ def differences(stored: str, fresh: str, tolerance: Tolerance | None = None) -> 
     >>> differences("slope 1.00, holds", "slope 1.02, refuted")
     ["stored '1.00', now '1.02', after 'slope'", "stored 'holds', now 'refuted', after 'slope 1.00,'"]
     """
+    for name, text in (("stored", stored), ("fresh", fresh)):
+        checks.instance(name, text, str, "a string")
+    if tolerance is not None:
+        checks.instance("tolerance", tolerance, Tolerance)
     if stored == fresh:
         return []
     old, new = list(pieces(stored)), list(pieces(fresh))

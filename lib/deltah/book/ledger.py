@@ -165,7 +165,7 @@ def summarise(claims: Iterable[Claim]) -> str:
     >>> summarise([])
     '0 claims: 0 holds, 0 holds with a correction, 0 refuted'
     """
-    counts = Counter(claim.verdict for claim in claims)
+    counts = Counter(claim.verdict for claim in _claims(claims))
     return f"{counts.total()} claims: " + ", ".join(f"{counts[v]} {v}" for v in (HOLDS, CORRECTED, REFUTED))
 
 
@@ -181,10 +181,16 @@ def markdown(claims: Iterable[Claim]) -> str:
     """The claims as a Markdown table."""
     lines = ["| id | source | section | statement | measured | verdict | correction or counterexample |",
              "|---|---|---|---|---|---|---|"]
-    for c in claims:
+    for c in _claims(claims):
         cells = (c.id, c.source, c.section, c.statement, c.shown, c.verdict, c.correction or "")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def _claims(claims: Iterable[Claim]) -> list[Claim]:
+    if not isinstance(claims, Iterable):
+        raise TypeError(f"claims: expected claims, got {checks.shown(claims)}")
+    return [checks.instance(f"claims[{i}]", claim, Claim) for i, claim in enumerate(claims)]
 
 
 def _write(path: Path, text: str) -> None:
