@@ -3,31 +3,34 @@
     python notebooks/run.py run [--profile quick] [--chapter 01] [--set model=... problems=... device=...]
     python notebooks/run.py sync [--chapter 01]
 
-`run` executes, two at a time, the chapters whose code, parameters, library or data changed since their last
-executed notebook in results/<profile>/. `sync` pairs every percent script with its notebook, and executes with
-default parameters those that changed in this sense since their outputs were stored, or the one named.
+`run` executes, two at a time and each in a process of its own, the chapters whose code, parameters, library or data
+changed since their last executed notebook in results/<profile>/. `sync` pairs every percent script with its notebook,
+and executes with default parameters those that changed in this sense since their outputs were stored, or the one named.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import html
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 WORKERS = 2
 # What a kernel says of itself while starting is nobody's business here.
 QUIET_KERNEL = ["--log-level=ERROR"]
+OUT_OF_MEMORY = "most likely out of memory: give it more, a smaller MODEL or PROBLEMS, or one CHAPTER at a time"
 # Heavy imports wait for the functions that need them: an answer of "up to date" should come at once.
 
 
@@ -42,7 +45,7 @@ def main() -> int:
     chapters = find_chapters(arguments.chapter)
     if arguments.action == "sync":
         return sync(chapters, force=arguments.chapter is not None)
-    return run(chapters, arguments.profile, read_changes(arguments.changes))
+    return run(chapters, arguments.profile, inputs.read_changes(arguments.changes, chapters))
 
 
 def find_chapters(number: str | None) -> list[Path]:
@@ -56,52 +59,33 @@ def find_chapters(number: str | None) -> list[Path]:
     return chosen
 
 
-def read_changes(changes: list[str]) -> dict[str, str]:
-    """NAME=VALUE pairs; a value that names an existing path is made absolute, as notebooks run elsewhere."""
-    parameters = dict(change.split("=", 1) for change in changes)
-    for name, value in parameters.items():
-        if Path(value).exists():
-            parameters[name] = str(Path(value).resolve())
-    return parameters
+class Job(NamedTuple):
+    """A chapter to execute, and the fingerprint that its notebook will carry."""
+
+    chapter: Path
+    parameters: dict[str, Any]
+    mark: str
 
 
-def read_parameters(profile: str, chapter: Path, changes: dict[str, str]) -> dict[str, Any]:
-    """A profile's parameters for a chapter: those of its section `all`, then those of the chapter's own."""
-    import yaml
-
-    path = NOTEBOOKS / "profiles" / f"{profile}.yaml"
-    if not path.is_file():
-        existing = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-        sys.exit(f"PROFILE: there is no profile {profile!r}; there are {existing}")
-    sections = yaml.safe_load(path.read_text()) or {}
-    own = sections.get(chapter.name.split("_")[0]) or {}
-    return {**(sections.get("all") or {}), **own, **changes, "results": str(ROOT / "results" / profile)}
-
-
-def fingerprint(chapter: Path, parameters: dict[str, Any]) -> str:
-    """Changes whenever the chapter, its parameters, the library or the shipped data do."""
-    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
-    files = [chapter, *ROOT.glob("lib/deltah/**/*.py"), *(p for p in ROOT.glob("data/**/*") if p.is_file())]
-    for path in sorted(files):
-        if "__pycache__" not in path.parts:
-            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def run(chapters: list[Path], profile: str, changes: dict[str, str]) -> int:
+def run(chapters: list[Path], profile: str, changes: dict[str, Any]) -> int:
     results = ROOT / "results" / profile
     jobs = []
     for chapter in chapters:
-        parameters = read_parameters(profile, chapter, changes)
-        mark = fingerprint(chapter, parameters)
-        if stored_fingerprint(results / f"{chapter.stem}.ipynb") == mark:
+        parameters = inputs.read_parameters(NOTEBOOKS, profile, chapter, changes)
+        mark = inputs.fingerprint(ROOT, chapter, parameters)
+        unfinished = note_of(results, chapter.stem).is_file()
+        if not unfinished and stored_fingerprint(results / f"{chapter.stem}.ipynb") == mark:
             print(f"{chapter.stem}: up to date")
         else:
-            jobs.append((chapter, parameters, mark))
-    failures = execute_all(jobs, results) if jobs else 0
-    if (results / "ledger").is_dir():
-        report(results)
-    return 1 if failures else 0
+            jobs.append(Job(chapter, parameters, mark))
+    status = 0
+    if jobs:
+        inputs.check([job.chapter for job in jobs], [job.parameters for job in jobs])
+        for job in jobs:
+            set_aside(results, job.chapter)
+        status = execute_all(jobs, results)
+    report(results)
+    return status
 
 
 def stored_fingerprint(notebook: Path) -> str | None:
@@ -111,30 +95,68 @@ def stored_fingerprint(notebook: Path) -> str | None:
         return None
 
 
-def execute_all(jobs: list[tuple[Path, dict[str, Any], str]], results: Path) -> int:
-    """Execute chapters, two at a time; returns how many failed."""
+def note_of(results: Path, stem: str) -> Path:
+    """The note that stands beside a chapter's results for as long as they are not those of its present code."""
+    return results / f"{stem}.unfinished.json"
+
+
+def set_aside(results: Path, chapter: Path, error: str = "not finished", message: str = "") -> None:
+    """Note why a chapter has no results; claims of an earlier run are no claims of this one."""
     results.mkdir(parents=True, exist_ok=True)
+    (results / "ledger" / f"{chapter.name.split('_')[0]}.json").unlink(missing_ok=True)
+    write_text(note_of(results, chapter.stem), json.dumps({"error": error, "message": message}))
+
+
+def execute_all(jobs: list[Job], results: Path) -> int:
+    """Execute chapters, two at a time; returns the exit status: 0, 1 where one failed, 130 after an interrupt."""
     workers = min(WORKERS, len(jobs))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    started, failures = time.monotonic(), 0
     # Fresh interpreters: a forked one would inherit the parent's event loop.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = {}
-        for position, (chapter, parameters, mark) in enumerate(jobs):
-            print(f"{chapter.stem}: executing", flush=True)
-            pending[pool.submit(execute, chapter, parameters, mark, results, position)] = chapter
-        for done in as_completed(pending):
-            problem = done.result()
-            failures += problem is not None
-            outcome = "done" if problem is None else "FAILED"
-            print(f"{pending[done].stem}: {outcome}, {time.monotonic() - started:.0f} s into the run", flush=True)
-            if problem:
-                print(problem, flush=True)
-    return failures
+    context = multiprocessing.get_context("spawn")
+    started, failures, running, waiting = time.monotonic(), 0, {}, list(enumerate(jobs))
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                position, job = waiting.pop(0)
+                process = context.Process(target=execute, args=(*job, results, position), daemon=True)
+                process.start()
+                running[process.sentinel] = process, job.chapter
+                print(f"{job.chapter.stem}: executing", flush=True)
+            # Should this process be killed, the page says by itself what was not finished.
+            write_index(results)
+            for sentinel in wait(list(running)):
+                process, chapter = running.pop(sentinel)
+                process.join()
+                problem = outcome(results, chapter, process.exitcode)
+                failures += problem is not None
+                print(f"{chapter.stem}: {'done' if problem is None else 'FAILED'}, "
+                      f"{time.monotonic() - started:.0f} s into the run", flush=True)
+                if problem:
+                    print(problem, flush=True)
+    except KeyboardInterrupt:
+        for process, chapter in running.values():
+            process.terminate()
+            process.join()
+            set_aside(results, chapter, "interrupted")
+        print("\ninterrupted; run again to go on", flush=True)
+        return 130
+    return 1 if failures else 0
 
 
-def execute(chapter: Path, parameters: dict[str, Any], mark: str, results: Path, position: int) -> str | None:
-    """Execute one chapter into `results`; returns None, or a text that shows the cell that failed."""
+def outcome(results: Path, chapter: Path, exit_code: int) -> str | None:
+    """What to say of a chapter whose process has ended; None where it is done."""
+    note = note_of(results, chapter.stem)
+    if not note.is_file():
+        return None
+    if exit_code:
+        how = signal.Signals(-exit_code).name if exit_code < 0 else f"exit status {exit_code}"
+        set_aside(results, chapter, f"failed: its process died ({how})", f"The process that executed it died ({how}), "
+                                                                         f"{OUT_OF_MEMORY}.")
+    return json.loads(note.read_text())["message"]
+
+
+def execute(chapter: Path, parameters: dict[str, Any], mark: str, results: Path, position: int) -> None:
+    """Execute one chapter into `results`; what went wrong is left in its note, which success takes away."""
     import nbformat
     import papermill
 
@@ -142,17 +164,30 @@ def execute(chapter: Path, parameters: dict[str, Any], mark: str, results: Path,
     bar = {"desc": chapter.stem, "position": position, "disable": not sys.stderr.isatty()}
     try:
         papermill.execute_notebook(chapter.with_suffix(".ipynb"), partial, parameters, kernel_name="python3",
-                                   cwd=NOTEBOOKS, progress_bar=bar, extra_arguments=QUIET_KERNEL)
-    except papermill.PapermillExecutionError as error:
+                                   cwd=chapter.parent, progress_bar=bar, extra_arguments=QUIET_KERNEL)
+        notebook = nbformat.read(partial, as_version=4)
+        notebook.metadata["deltah"] = {"fingerprint": mark}
+        write_html(notebook, results / f"{chapter.stem}.html")
+        nbformat.write(notebook, partial)
+        os.replace(partial, target)
+        note_of(results, chapter.stem).unlink(missing_ok=True)
+    except Exception as error:  # whatever it is, the other chapters go on
+        name, message = describe(error)
+        set_aside(results, chapter, f"failed: {name}", f"\n{message}\nThe notebook up to this cell is "
+                                                       f"{os.path.relpath(partial)}; once mended, run again.\n")
+
+
+def describe(error: Exception) -> tuple[str, str]:
+    """The name of what ended a chapter, and a text that shows it."""
+    from nbclient.exceptions import DeadKernelError
+    from papermill import PapermillExecutionError
+
+    if isinstance(error, PapermillExecutionError):
         trace = error.traceback[-1] if error.traceback else ""
-        return (f"\n{error.source}\n\n{trace}\n{error.ename}: {error.evalue}\n"
-                f"The notebook up to this cell is {partial.relative_to(ROOT)}; once mended, run again.\n")
-    notebook = nbformat.read(partial, as_version=4)
-    notebook.metadata["deltah"] = {"fingerprint": mark}
-    write_html(notebook, results / f"{chapter.stem}.html")
-    nbformat.write(notebook, partial)
-    os.replace(partial, target)
-    return None
+        return error.ename, f"{error.source}\n\n{trace}\n{error.ename}: {error.evalue}"
+    if isinstance(error, DeadKernelError):
+        return "its kernel died", f"Its kernel died, {OUT_OF_MEMORY}."
+    return type(error).__name__, f"{type(error).__name__}: {error}"
 
 
 def write_html(notebook: Any, path: Path) -> None:
@@ -170,33 +205,52 @@ def write_text(path: Path, text: str) -> None:
 
 
 def report(results: Path) -> None:
-    """Write the ledger and the index page, and print where they are."""
+    """Write the index page, and print the ledger and where they are."""
     from deltah.book import ledger
 
-    claims = ledger.write_summary(results)
-    rows = []
-    for page in sorted(results.glob("[0-9][0-9]_*.html")):
-        number = page.name.split("_")[0]
-        own = ledger.summarise(claim for claim in claims if claim.chapter == number)
-        rows.append(f'<li><a href="{page.name}">{html.escape(title(page))}</a><br><small>{own}</small></li>')
-    write_text(
-        results / "index.html",
-        "<!doctype html><html lang=en><meta charset=utf-8><title>deltah</title>"
-        "<style>body{font:16px/1.5 system-ui;max-width:44rem;margin:3rem auto;padding:0 1rem}li{margin:.6rem 0}</style>"
-        f"<h1>deltah</h1><p>{ledger.summarise(claims)}. <a href=ledger.md>The ledger</a>, "
-        f"<a href=ledger.json>as JSON</a>.</p><ul>{''.join(rows)}</ul></html>")
+    claims = write_index(results)
     print(f"ledger: {ledger.summarise(claims)}")
     for claim in claims:
         print(f"  {claim.id:8} {claim.verdict:24} {claim.statement}")
     print(f"open {(results / 'index.html').relative_to(ROOT)}")
 
 
-def title(page: Path) -> str:
+def write_index(results: Path) -> list[Any]:
+    """Write the ledger, and the page that leads to every chapter; returns the claims."""
+    from deltah.book import ledger
+
+    claims = ledger.write_summary(results)
+    stems = {path.name.split(".")[0] for ending in ("html", "unfinished.json")
+             for path in results.glob(f"[0-9][0-9]_*.{ending}")}
+    rows = "".join(f"<li>{row(results, stem, claims)}</li>" for stem in sorted(stems))
+    write_text(
+        results / "index.html",
+        "<!doctype html><html lang=en><meta charset=utf-8><title>deltah</title>"
+        "<style>body{font:16px/1.5 system-ui;max-width:44rem;margin:3rem auto;padding:0 1rem}li{margin:.6rem 0}</style>"
+        f"<h1>deltah</h1><p>{ledger.summarise(claims)}. <a href=ledger.md>The ledger</a>, "
+        f"<a href=ledger.json>as JSON</a>.</p><ul>{rows}</ul></html>")
+    return claims
+
+
+def row(results: Path, stem: str, claims: list[Any]) -> str:
+    """A chapter's line of the index: its page and its claims, or what kept it from having any."""
+    from deltah.book import ledger
+
+    heading, note = html.escape(title(NOTEBOOKS / f"{stem}.py")), note_of(results, stem)
+    if not note.is_file():
+        own = ledger.summarise(claim for claim in claims if claim.chapter == stem.split("_")[0])
+        return f'<a href="{stem}.html">{heading}</a><br><small>{own}</small>'
+    error, partial = html.escape(json.loads(note.read_text())["error"]), results / f"{stem}.partial.ipynb"
+    link = f' <a href="{partial.name}">The notebook up to this cell</a>' if partial.is_file() else ""
+    return f"{heading}<br><small><strong>{error}</strong>.{link}</small>"
+
+
+def title(script: Path) -> str:
     """The chapter's heading, the first line of prose in its script."""
-    for line in (NOTEBOOKS / page.with_suffix(".py").name).read_text().splitlines():
+    for line in script.read_text().splitlines() if script.is_file() else []:
         if line.startswith("# # "):
             return line[4:]
-    return page.stem
+    return script.stem
 
 
 def sync(chapters: list[Path], force: bool) -> int:
@@ -207,7 +261,7 @@ def sync(chapters: list[Path], force: bool) -> int:
 
     for chapter in chapters:
         jupytext_command(["--quiet", "--set-formats", "ipynb,py:percent", "--sync", str(chapter)])
-        mark = fingerprint(chapter, parameters={})
+        mark = inputs.fingerprint(ROOT, chapter, parameters={})
         if not force and stored_fingerprint(chapter.with_suffix(".ipynb")) == mark:
             print(f"{chapter.stem}: paired, outputs up to date")
             continue

@@ -1,8 +1,6 @@
 """The files that hold the project together: three lists of packages, pairs of notebooks, the shipped data."""
 
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -95,58 +93,6 @@ def test_profiles_set_only_parameters_that_the_chapter_has(script):
         assert set(sections) <= {"all"} | {path.name[:2] for path in CHAPTERS}
         own = {**(sections.get("all") or {}), **(sections.get(script.name[:2]) or {})}
         assert set(own) <= known, f"{profile.name} sets {set(own) - known}"
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--chapter", "99"], "CHAPTER: there is no chapter '99'; there are 01"),
-    (["--profile", "huge"], "PROFILE: there is no profile 'huge'; there are full, quick"),
-])
-def test_the_runner_names_what_does_not_exist(arguments, message):
-    done = subprocess.run([sys.executable, ROOT / "notebooks" / "run.py", "run", *arguments], capture_output=True,
-                          text=True)
-    assert done.returncode == 1 and message in done.stderr
-
-
-@pytest.fixture
-def runner(tmp_path, monkeypatch):
-    """The runner, for chapters of a project in a folder of the test's own."""
-    monkeypatch.syspath_prepend(ROOT / "notebooks")
-    import run
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.setattr(run, "ROOT", tmp_path)
-    monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
-    return run
-
-
-def write_chapter(runner, name, code):
-    """A pair of script and notebook with a parameter x; returns the script."""
-    script = runner.NOTEBOOKS / f"{name}.py"
-    cells = [nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(code)]
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
-    jupytext.write(notebook, script, fmt="py:percent")
-    nbformat.write(notebook, script.with_suffix(".ipynb"))
-    return script
-
-
-def test_a_failing_chapter_shows_its_cell_and_keeps_the_notebook(tmp_path, runner):
-    script = write_chapter(runner, "01_fails", "raise RuntimeError(f'x is {x}')")
-    problem = runner.execute(script, {"x": 5}, "mark", tmp_path, 0)
-    assert "raise RuntimeError" in problem and "x is 5" in problem and "01_fails.partial.ipynb" in problem
-    assert (tmp_path / "01_fails.partial.ipynb").is_file() and not (tmp_path / "01_fails.ipynb").exists()
-    assert runner.stored_fingerprint(tmp_path / "01_fails.ipynb") is None
-
-
-def test_a_chapter_is_executed_again_only_when_something_changed(tmp_path, runner):
-    script = write_chapter(runner, "01_works", "print(x)")
-    mark = runner.fingerprint(script, {"x": 5})
-    assert runner.execute(script, {"x": 5}, mark, tmp_path, 0) is None
-    assert runner.stored_fingerprint(tmp_path / "01_works.ipynb") == mark
-    assert "5" in (tmp_path / "01_works.html").read_text()
-    assert runner.fingerprint(script, {"x": 6}) != mark
-    (tmp_path / "lib" / "deltah").mkdir(parents=True)
-    (tmp_path / "lib" / "deltah" / "new.py").write_text("")
-    assert runner.fingerprint(script, {"x": 5}) != mark
 
 
 def test_the_policy_is_small_and_as_its_card_says(shipped, problems):

@@ -1,1 +1,1 @@
-"""What only chapters and their tests need: the ledger, and the style of figures."""
+"""What only chapters and their tests need: the ledger, the style of figures, the comparison of outputs."""

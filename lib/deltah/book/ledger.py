@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from deltah import checks
 
 HOLDS, CORRECTED, REFUTED = "holds", "holds with a correction", "refuted"
 
 
 class LedgerError(AssertionError):
-    """A check that did not come out as its entry says."""
+    """A check that did not come out as its entry says, or an entry that checks nothing."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,18 @@ class Claim:
 def _rounded(value: float, tolerance: float) -> str:
     if value == 0 or abs(value) < tolerance:
         return "0"
-    digits = max(1, len(str(int(abs(value) / tolerance))))
-    return f"{value:.{min(digits, 4)}g}"
+    # More than 9,999 tolerances, or a tolerance of 0, are shown with four digits.
+    digits = len(str(int(abs(value) / tolerance))) if abs(value) < 1e4 * tolerance else 4
+    return f"{value:.{max(digits, 1)}g}"
 
 
 @dataclass(repr=False)
 class Ledger:
     """The claims of one chapter. Each check raises `LedgerError` when it does not come out as it says.
+
+    So does one that could not fail: numbers that are no finite numbers, a negative tolerance, no statement, an id that
+    does not begin with the chapter's number. The same statement may be entered again, as when a cell is executed twice;
+    another may not take its id.
 
     Args:
         chapter: its number, such as "01".
@@ -64,35 +72,55 @@ class Ledger:
     source: str
     claims: dict[str, Claim] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, value in (("chapter", self.chapter), ("source", self.source)):
+            if not checks.instance(name, value, str, "a string").strip():
+                raise ValueError(f"{name}: expected some text, got {value!r}")
+
     def holds(self, id: str, section: str, statement: str, *, measured: float, expected: float, tolerance: float,
               source: str | None = None) -> None:
         """Enter a statement that is true: `measured` is within `tolerance` of `expected`."""
-        self._enter(Claim(id, self.chapter, source or self.source, section, statement, float(measured),
-                          float(expected), float(tolerance), HOLDS))
+        self._enter(self._claim(HOLDS, id, section, statement, source, measured, expected, tolerance))
 
     def corrected(self, id: str, section: str, statement: str, *, correction: str, measured: float, expected: float,
                   as_printed: float, tolerance: float, source: str | None = None) -> None:
         """Enter a statement that needs `correction`: `expected`, with it, is met, and `as_printed` is not."""
-        if abs(measured - as_printed) <= tolerance:
-            raise LedgerError(f"{id}: {measured} is within {tolerance} of {as_printed}: the statement needs no "
-                              "correction as far as this check can tell")
-        note = f"{correction} (as printed: {as_printed:.3g})"
-        self._enter(Claim(id, self.chapter, source or self.source, section, statement, float(measured),
-                          float(expected), float(tolerance), CORRECTED, note))
+        claim = self._claim(CORRECTED, id, section, statement, source, measured, expected, tolerance,
+                            correction=correction)
+        printed = _number(id, "as_printed", as_printed)
+        if abs(claim.measured - printed) <= claim.tolerance:
+            raise LedgerError(f"{id}: {claim.measured} is within {claim.tolerance} of {printed}: it needs no "
+                              "correction, as far as this check can tell")
+        self._enter(replace(claim, correction=f"{correction} (as printed: {printed:.3g})"))
 
     def refuted(self, id: str, section: str, statement: str, *, counterexample: str, measured: float, expected: float,
                 tolerance: float, source: str | None = None) -> None:
         """Enter a statement that is false: `measured` is further than `tolerance` from `expected`, its value."""
-        self._enter(Claim(id, self.chapter, source or self.source, section, statement, float(measured),
-                          float(expected), float(tolerance), REFUTED, counterexample))
+        self._enter(self._claim(REFUTED, id, section, statement, source, measured, expected, tolerance,
+                                counterexample=counterexample))
+
+    def _claim(self, verdict: str, id: str, section: str, statement: str, source: str | None, measured: Any,
+               expected: Any, tolerance: Any, **note: str) -> Claim:
+        """An entry whose parts are what they should be, whether or not its check comes out."""
+        source = self.source if source is None else source
+        for name, value in {"id": id, "section": section, "statement": statement, "source": source, **note}.items():
+            if not isinstance(value, str) or not value.strip():
+                raise LedgerError(f"{id}: {name}: expected some text, got {checks.shown(value)}")
+        if not re.fullmatch(rf"{re.escape(self.chapter)}\.\w+", id):
+            raise LedgerError(f"{id}: id: expected {self.chapter}. and a number, got {id!r}")
+        return Claim(id, self.chapter, source, section, statement, _number(id, "measured", measured),
+                     _number(id, "expected", expected), _number(id, "tolerance", tolerance, minimum=0), verdict,
+                     *note.values())
 
     def _enter(self, claim: Claim) -> None:
-        if not math.isfinite(claim.measured):
-            raise LedgerError(f"{claim.id} ({claim.statement}): measured {claim.measured}")
         agrees = abs(claim.measured - claim.expected) <= claim.tolerance
         if agrees == (claim.verdict == REFUTED):
             raise LedgerError(f"{claim.id} ({claim.statement}): entered as '{claim.verdict}', but measured "
                               f"{claim.measured} against {claim.expected}, tolerance {claim.tolerance}")
+        known = self.claims.get(claim.id, claim)
+        if known.statement != claim.statement:
+            raise LedgerError(f"{claim.id} ({claim.statement}): the id is taken by {known.statement!r}; where that has "
+                              f"only been reworded, del ledger.claims[{claim.id!r}]")
         self.claims[claim.id] = claim
 
     def __repr__(self) -> str:
@@ -103,10 +131,17 @@ class Ledger:
 
     def save(self, results: str | Path) -> None:
         """Write the claims to `<results>/ledger/<chapter>.json`, where `collect` finds them."""
-        folder = Path(results) / "ledger"
+        folder = Path(checks.instance("results", results, (str, Path), "a folder")) / "ledger"
         folder.mkdir(parents=True, exist_ok=True)
         claims = [asdict(claim) for claim in self.claims.values()]
         _write(folder / f"{self.chapter}.json", json.dumps(claims, indent=1, ensure_ascii=False))
+
+
+def _number(id: str, name: str, value: Any, minimum: float | None = None) -> float:
+    try:
+        return checks.number(name, value, minimum=minimum)
+    except (TypeError, ValueError) as error:
+        raise LedgerError(f"{id}: {error}") from None
 
 
 def collect(results: str | Path) -> list[Claim]:
@@ -115,7 +150,8 @@ def collect(results: str | Path) -> list[Claim]:
     Raises:
         ValueError: an id that occurs twice.
     """
-    claims = [Claim(**claim) for path in sorted((Path(results) / "ledger").glob("*.json"))
+    folder = Path(checks.instance("results", results, (str, Path), "a folder")) / "ledger"
+    claims = [Claim(**claim) for path in sorted(folder.glob("*.json"))
               for claim in json.loads(path.read_text())]
     twice = [id for id, count in Counter(claim.id for claim in claims).items() if count > 1]
     if twice:
@@ -129,7 +165,7 @@ def summarise(claims: Iterable[Claim]) -> str:
     >>> summarise([])
     '0 claims: 0 holds, 0 holds with a correction, 0 refuted'
     """
-    counts = Counter(claim.verdict for claim in claims)
+    counts = Counter(claim.verdict for claim in _claims(claims))
     return f"{counts.total()} claims: " + ", ".join(f"{counts[v]} {v}" for v in (HOLDS, CORRECTED, REFUTED))
 
 
@@ -145,10 +181,16 @@ def markdown(claims: Iterable[Claim]) -> str:
     """The claims as a Markdown table."""
     lines = ["| id | source | section | statement | measured | verdict | correction or counterexample |",
              "|---|---|---|---|---|---|---|"]
-    for c in claims:
+    for c in _claims(claims):
         cells = (c.id, c.source, c.section, c.statement, c.shown, c.verdict, c.correction or "")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def _claims(claims: Iterable[Claim]) -> list[Claim]:
+    if not isinstance(claims, Iterable):
+        raise TypeError(f"claims: expected claims, got {checks.shown(claims)}")
+    return [checks.instance(f"claims[{i}]", claim, Claim) for i, claim in enumerate(claims)]
 
 
 def _write(path: Path, text: str) -> None:

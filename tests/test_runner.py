@@ -1,0 +1,198 @@
+"""What `make run` does: for whom it executes a chapter again, what it refuses at once, and what a failure leaves."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jupytext
+import nbformat
+import pytest
+
+from conftest import ROOT
+
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+PARAMETERS = 'model = "../data/policy"\nproblems = "none"\ndevice = "auto"\nresults = "none"\nx = 1'
+# What a ledger saves, without the seconds that it takes to import the library.
+CLAIM = """import json, pathlib
+folder = pathlib.Path(results) / "ledger"
+folder.mkdir(exist_ok=True)
+(folder / "{number}.json").write_text(json.dumps([dict(id="{number}.1", chapter="{number}", source="", section="",
+    statement="x = x", measured=x, expected=x, tolerance=0.1, verdict="holds", correction=None)]))"""
+
+
+class Project:
+    """A project in a folder of the test's own, with the real runner."""
+
+    def __init__(self, root):
+        self.root, self.notebooks, self.results = root, root / "notebooks", root / "results" / "quick"
+        (self.notebooks / "profiles").mkdir(parents=True)
+        (self.notebooks / "profiles" / "quick.yaml").write_text("all: {}\n")
+        for name in ("run.py", "inputs.py"):
+            shutil.copy(ROOT / "notebooks" / name, self.notebooks)
+
+    def chapter(self, name, code):
+        """A pair of script and notebook."""
+        cells = [nbformat.v4.new_markdown_cell(f"# {name}: its title"),
+                 nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+                 nbformat.v4.new_code_cell(code)]
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
+        jupytext.write(notebook, self.notebooks / f"{name}.py", fmt="py:percent")
+        nbformat.write(notebook, self.notebooks / f"{name}.ipynb")
+
+    def start(self, *arguments, cwd=None):
+        return subprocess.Popen([sys.executable, self.notebooks / "run.py", "run", *arguments], cwd=cwd or self.root,
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                                env={**os.environ, "PYTHONPATH": str(ROOT / "lib")})
+
+    def run(self, *arguments, cwd=None):
+        """(exit status, all that was printed)"""
+        process = self.start(*arguments, cwd=cwd)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out + err
+
+    def index(self):
+        return (self.results / "index.html").read_text()
+
+    def claims(self):
+        return [claim["id"] for claim in json.loads((self.results / "ledger.json").read_text())]
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path / "a project")
+
+
+def claim(number):
+    return CLAIM.format(number=number)
+
+
+def test_a_failure_is_shown_and_marked_and_the_others_go_on(project):
+    """A failed chapter, a killed kernel, a killed worker process: each costs its own chapter, its page and claims."""
+    for number in ("01", "02", "03", "04"):
+        project.chapter(f"{number}_chapter", claim(number))
+    assert project.run()[0] == 0
+    assert project.claims() == ["01.1", "02.1", "03.1", "04.1"] and project.index().count("1 claims: 1 holds") == 4
+    status, printed = project.run()
+    assert status == 0 and printed.count("up to date") == 4
+
+    project.chapter("01_chapter", "raise RuntimeError(f'x is {x}')")
+    project.chapter("02_chapter", "import os; os.kill(os.getpid(), 9)")
+    project.chapter("03_chapter", "import os; os.kill(os.getppid(), 9)")
+    status, printed = project.run("--set", "x=5")
+    assert status == 1 and "04_chapter: done" in printed and "Traceback (most recent call last):\n  File" not in printed
+    assert "raise RuntimeError" in printed and "RuntimeError: x is 5" in printed
+    assert printed.count("Its kernel died, most likely out of memory: give it more") == 1
+    assert printed.count("The process that executed it died (SIGKILL), most likely out of memory") == 1
+    assert project.claims() == ["04.1"]
+    index = project.index()
+    assert "<strong>failed: RuntimeError</strong>" in index and "<strong>failed: its kernel died</strong>" in index
+    assert "<strong>failed: its process died (SIGKILL)</strong>" in index
+    assert '<a href="01_chapter.partial.ipynb">' in index and (project.results / "01_chapter.partial.ipynb").is_file()
+    assert 'href="01_chapter.html"' not in index and 'href="04_chapter.html"' in index
+
+    # The code as it was before the failure is not up to date either: its claims are gone.
+    project.chapter("01_chapter", claim("01"))
+    status, printed = project.run("--chapter", "1")
+    assert status == 0 and "01_chapter: done" in printed and project.claims() == ["01.1", "04.1"]
+    assert 'href="01_chapter.html"' in project.index() and project.index().count("<strong>") == 2
+
+
+@pytest.mark.parametrize("kind, expected", [(signal.SIGINT, "interrupted"), (signal.SIGKILL, "not finished")])
+def test_an_interrupted_chapter_is_marked(project, kind, expected):
+    project.chapter("01_chapter", claim("01"))
+    assert project.run()[0] == 0
+    started = project.root / "started"
+    project.chapter("01_chapter", f"import time; open({str(started)!r}, 'w').close(); time.sleep(60)")
+    process = project.start()
+    deadline = time.monotonic() + 120
+    while not (started.exists() and "<strong>" in project.index()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(kind)
+    process.wait(timeout=60)
+    if kind == signal.SIGKILL:
+        os.killpg(process.pid, kind)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if kind == signal.SIGINT else -9), out + err
+    assert f"<strong>{expected}</strong>" in project.index() and project.claims() == []
+
+
+def test_a_chapter_is_executed_again_when_its_inputs_change(project):
+    sys.path.insert(0, str(project.notebooks))
+    try:
+        import inputs
+    finally:
+        sys.path.pop(0)
+    project.chapter("01_chapter", "")
+    script, model = project.notebooks / "01_chapter.py", project.root / "a model"
+    model.mkdir()
+    (model / "weights").write_bytes(b"1" * 5_000_000)
+    (project.root / "problems.jsonl").write_text("{}")
+    given = {"model": str(model), "problems": str(project.root / "problems.jsonl"), "x": 5}
+    marks = [inputs.fingerprint(project.root, script, given)]
+
+    def changed():
+        marks.append(inputs.fingerprint(project.root, script, given))
+        return marks[-1] not in marks[:-1]
+
+    assert not changed()
+    (project.root / "lib" / "deltah" / "wing").mkdir(parents=True)
+    (project.root / "lib" / "deltah" / "wing" / "new.py").write_text("")
+    assert changed()
+    (model / "weights").write_bytes(b"1" * 4_999_999 + b"2")
+    assert changed()
+    (model / "weights").rename(model / "others")
+    assert changed()
+    (project.root / "problems.jsonl").write_text("{ }")
+    assert changed()
+    given["x"] = 6
+    assert changed()
+    given["model"] = "openai/a-hub-id"
+    assert changed()
+    assert not changed()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--chapter", "99"], "CHAPTER: there is no chapter '99'; there are 01"),
+    (["--profile", "huge"], "PROFILE: there is no profile 'huge'; there are quick"),
+    (["--profile", "../profiles/quick"], "PROFILE: there is no profile '../profiles/quick'; there are quick"),
+    (["--set", "modle=x"], "--set: there is no parameter 'modle'; there are model, problems, device, x"),
+    (["--set", "results=x"], "--set: there is no parameter 'results'"),
+    (["--set", "model"], "--set: expected NAME=VALUE, got 'model'"),
+    (["--set", "model=./none"], "MODEL: './none' cannot be used: there is no such file or folder"),
+    (["--set", "model=notebooks"], "cannot be used: "),
+    (["--set", "problems=broken.jsonl"], "PROBLEMS: "),
+    (["--set", "device=gpu7"], "DEVICE: 'gpu7' cannot be used: "),
+])
+def test_what_cannot_be_used_ends_the_run_with_one_line(project, arguments, message):
+    """Before anything is executed."""
+    project.chapter("01_chapter", 'if x > 1: dh.load_problems(problems, "train")')
+    (project.root / "broken.jsonl").write_text("{")
+    status, printed = project.run(*arguments)
+    assert status == 1 and message in printed.strip().splitlines()[-1]
+    assert "Traceback" not in printed and "executing" not in printed and not project.results.exists()
+
+
+def test_what_can_be_used_arrives(project, tmp_path):
+    """Relative paths are the caller's; a file named like a device or a type is no device; numbers are numbers."""
+    project.chapter("01_chapter", 'if x > 9: dh.load_problems(problems, "train")\n'
+                                  'print(model, problems, device, x + 1)')
+    (tmp_path / "cpu").write_text("")
+    shutil.copytree(ROOT / "data" / "policy", tmp_path / "my policy")
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    status, printed = project.run("--set", "model=my policy", "problems=mine.jsonl", "device=cpu", "x=2", cwd=tmp_path)
+    assert status == 0, printed
+    shown = (project.results / "01_chapter.ipynb").read_text()
+    assert f"{tmp_path}/my policy {tmp_path}/mine.jsonl cpu 3" in shown
+
+
+def test_a_profile_names_paths_from_the_notebooks(project):
+    (project.notebooks / "profiles" / "quick.yaml").write_text('all: {model: nowhere}\n"01": {model: ../mine}\n')
+    shutil.copytree(ROOT / "data" / "policy", project.root / "mine")
+    project.chapter("01_chapter", "print(model)")
+    status, printed = project.run()
+    assert status == 0, printed
+    assert f"{project.root}/mine" in (project.results / "01_chapter.ipynb").read_text()
