@@ -1,17 +1,20 @@
 """Predicted entropy changes against exact derivatives, found another way: enumeration and reverse mode."""
 
 import copy
+import dataclasses
+import functools
 import math
 
+import numpy as np
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import deltah as dh
 from conftest import CONFIGS, build_model
 from deltah import dynamics
 from deltah.baselines import _ridge
-from test_updates import low_rank_policy, rollouts_for
+from test_updates import low_rank_policy, peft_policy, rollouts_for
 
 PROMPTS = [[0], [1, 2, 0], [2, 2]]
 
@@ -219,11 +222,195 @@ def test_bad_input_is_named(shipped, problems):
         dh.attribution(shipped, rollouts, direction, dh.entropy_change(shipped, rollouts, direction, 2))
 
 
-def test_a_model_without_forward_mode_is_refused():
-    model = BloomForCausalLM(BloomConfig(vocab_size=5, hidden_size=16, n_layer=1, n_head=2))
-    policy = dh.Policy(model)
-    with pytest.raises(ValueError, match="policy: an operation of BloomForCausalLM has no forward-mode derivative"):
-        dh.entropy_change(policy, rollouts_for(5), random_direction(policy))
+def test_changes_know_what_they_are_of():
+    policy = dh.exact.exact_policy(build_model("llama", 11))
+    update, evaluation = rollouts_for(11, seed=1), rollouts_for(11, prompts=6, seed=2)
+    direction, plain = (dh.update_direction(policy, update, optimizer=o) for o in (
+        torch.optim.AdamW(policy.parameters.values(), lr=0.01), torch.optim.SGD(policy.parameters.values(), lr=0.01)))
+    change = functools.partial(dh.entropy_change, policy, baseline="entropy")
+    first, second = (change(evaluation, direction, order) for order in (1, 2))
+    # Padding, rewards, explicit zeros and another dtype change nothing.
+    ids = torch.where(evaluation.attention_mask, evaluation.input_ids, 3)
+    frozen = {n: v if "norm" in n else torch.zeros_like(v) for n, v in direction.vector.items()}
+    same = change(evaluation.replace(input_ids=ids, rewards=None), direction.vector, 2)
+    assert (same.of_policy, same.of_rollouts, same.of_direction) == (
+        first.of_policy, first.of_rollouts, first.of_direction)
+    alone = {n: v.double() for n, v in frozen.items() if v.any()}
+    assert change(evaluation, frozen).of_direction == change(evaluation, alone).of_direction
+    eta = dh.critical_learning_rate(first, second)
+    assert eta.covariance != 0
+
+    others = {
+        "temperature": evaluation.replace(temperature=1.1),
+        "tokens": evaluation.replace(input_ids=(evaluation.input_ids + 1) % 11),
+        "prompts": evaluation.replace(prompt_index=torch.arange(len(evaluation))),
+        "order": evaluation.select(torch.arange(len(evaluation)).flip(0)).replace(prompt_index=evaluation.prompt_index),
+    }
+    for other in others.values():
+        # "Same prompts" is not "same rollouts": their errors are independent.
+        assert dh.critical_learning_rate(first, change(other, direction, 2)).covariance == 0
+        with pytest.raises(ValueError, match="change: expected one of these rollouts, got another's"):
+            dh.attribution(policy, other, direction, first)
+    with pytest.raises(ValueError, match="change: expected one along this direction, got another's"):
+        dh.attribution(policy, evaluation, plain, first)
+    with pytest.raises(ValueError, match="first: expected an entropy change of order 1, got one of order 2"):
+        dh.critical_learning_rate(second, first)
+    with pytest.raises(ValueError, match="second: expected an entropy change of order 2, got one of order 1"):
+        dh.critical_learning_rate(first, first)
+    with pytest.raises(ValueError, match="second: expected an entropy change of order 2, got one of order 1"):
+        dh.critical_learning_rate(dh.Estimate(1.0, 0.1, 9), first)
+    with pytest.raises(ValueError, match="second: expected an entropy change with the first's `per`, token, got seq"):
+        dh.critical_learning_rate(first, change(evaluation, direction, 2, per="sequence"))
+    with pytest.raises(ValueError, match="second: expected an entropy change with the first's `of_direction`"):
+        dh.critical_learning_rate(first, change(evaluation, plain, 2))
+    with torch.no_grad():
+        policy.model.model.norm.weight.mul_(1.1)
+    elsewhere = change(evaluation, direction.vector, 2)
+    with pytest.raises(ValueError, match="second: expected an entropy change with the first's `of_policy`"):
+        dh.critical_learning_rate(first, elsewhere)
+    here = dh.update_direction(policy, update, optimizer=torch.optim.SGD(policy.parameters.values(), lr=0.01))
+    again = dataclasses.replace(first, of_direction=change(evaluation, here).of_direction)
+    with pytest.raises(ValueError, match="change: expected one at the policy's parameters, got another's"):
+        dh.attribution(policy, evaluation, here, again)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_derivatives_that_are_no_numbers_have_no_critical_learning_rate(bad):
+    good = dh.Estimate(1.0, 0.1, 9)
+    for name, pair in (("first", (dh.Estimate(bad, 0.1, 9), good)), ("second", (good, dh.Estimate(bad, 0.1, 9))),
+                       ("second", (good, dh.Estimate(1.0, abs(bad), 9)))):
+        with pytest.raises(ValueError, match=f"^{name}: expected a finite derivative and error, got"):
+            dh.critical_learning_rate(*pair)
+    unknown = dh.critical_learning_rate(dh.Estimate(1.0, math.nan, 1), good)
+    assert math.isnan(unknown.standard_error) and unknown.interval() == (0, math.inf)
+
+
+WRONG = (None, 3, "v", [1.0], {"a": 1}, np.ones(3))
+
+
+def test_wrong_types_are_named(shipped, problems):
+    rollouts, v = dh.sample(shipped, problems.select(range(6)), 1, 4), random_direction(shipped)
+    optimizer = torch.optim.SGD(shipped.parameters.values(), lr=0.1)
+    direction = dh.update_direction(shipped, rollouts, optimizer=optimizer)
+    change = dh.entropy_change(shipped, rollouts, direction)
+    right = {"policy": shipped, "rollouts": rollouts, "direction": direction, "change": change}
+    for wrong in WRONG:
+        for name, expected in (("policy", "a Policy"), ("rollouts", "a Rollouts"), ("direction", "a Direction")):
+            if not (name == "direction" and isinstance(wrong, dict)):
+                with pytest.raises(TypeError, match=f"^{name}: expected {expected}"):
+                    dh.entropy_change(**{k: right[k] for k in right if k != "change"} | {name: wrong})
+            with pytest.raises(TypeError, match=f"^{name}: expected {expected}"):
+                dh.attribution(**right | {name: wrong})
+        with pytest.raises(TypeError, match="^change: expected a EntropyChange, got"):
+            dh.attribution(**right | {"change": wrong})
+        with pytest.raises(TypeError, match="^first: expected an entropy change or another Estimate, got"):
+            dh.critical_learning_rate(wrong, change)
+        with pytest.raises(TypeError, match="^second: expected an entropy change or another Estimate, got"):
+            dh.critical_learning_rate(change, wrong)
+    name = next(iter(v))
+    for wrong in (None, 3, [1.0], np.ones(3)):
+        with pytest.raises(TypeError, match=rf"^direction\['{name}'\]: expected a tensor, got"):
+            dh.entropy_change(shipped, rollouts, v | {name: wrong})
+    with pytest.raises(TypeError, match=r"^direction\[.*\]: expected floating-point numbers, got a int64 tensor"):
+        dh.entropy_change(shipped, rollouts, v | {name: torch.ones_like(v[name], dtype=torch.long)})
+    for argument in ("order", "per", "baseline"):
+        for wrong in (None, [1], {"a": 1}, 1.0, True):
+            with pytest.raises(TypeError, match=f"^{argument}: expected one of"):
+                dh.entropy_change(shipped, rollouts, v, **{argument: wrong})
+    for wrong in ("4", [4], 2.5, True):
+        with pytest.raises((TypeError, ValueError), match="^batch_size: expected an integer ≥ 1, got"):
+            dh.entropy_change(shipped, rollouts, v, batch_size=wrong)
+        with pytest.raises((TypeError, ValueError), match="^batch_size: expected an integer ≥ 1, got"):
+            dh.attribution(**right, batch_size=wrong)
+    assert dh.entropy_change(shipped, rollouts, v, np.int64(2), batch_size=np.int64(3)).order == 2
+    for field, wrong in (("order", 3), ("per", "word"), ("of_policy", None), ("prompt_index", torch.zeros(2).long()),
+                         ("score_weights", None), ("score_term", 0.5), ("entropy_weight", "1"), ("value", "1")):
+        with pytest.raises((TypeError, ValueError), match=f"^{field}: expected"):
+            dataclasses.replace(change, **{field: wrong})
+    eta = dh.critical_learning_rate(dh.Estimate(1.0, 0.1, 9), dh.Estimate(1.0, 0.1, 9))
+    for wrong in (0, 1, 95, math.nan, "0.95", None):
+        with pytest.raises((TypeError, ValueError), match="^level: expected a number > 0 and < 1, got"):
+            eta.interval(wrong)
+
+
+def straight_through(x):
+    return x + ((4 * x).round() / 4 - x).detach()
+
+
+class StraightThrough(torch.autograd.Function):
+    """In one piece, with a derivative of its own for forward mode too."""
+
+    @staticmethod
+    def forward(x):
+        return (4 * x).round() / 4
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent
+
+
+@pytest.mark.parametrize("function, message", [
+    (straight_through, "the derivative of LlamaForCausalLM is not to be had: round rounds what moves"),
+    (StraightThrough.apply, "the derivative of LlamaForCausalLM is not to be had: a custom function has a derivative"),
+    (lambda x: x * float(x.mean()), "the derivative of LlamaForCausalLM is not to be had: __float__ takes what moves"),
+    (lambda x: x * torch.from_numpy(x.detach().numpy()), "the derivative of LlamaForCausalLM is not to be had: numpy"),
+    (lambda x: torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127).double(),
+     "an operation of LlamaForCausalLM has no forward-mode derivative: Trying to use forward AD with fake_quant")])
+def test_derivatives_that_are_not_to_be_had_are_refused(function, message):
+    policy = dh.exact.exact_policy(build_model("llama", 11))
+    layer, rollouts = policy.model.model.layers[0].mlp.down_proj, rollouts_for(11)
+    forward = layer.forward
+    layer.forward = lambda x: function(forward(x))
+    for order in (1, 2):
+        with pytest.raises(ValueError, match=f"^policy: {message}"):
+            dh.entropy_change(policy, rollouts, random_direction(policy), order)
+
+
+@pytest.mark.parametrize("order, tolerance", [(1, 1e-7), (2, 1e-5)])
+@pytest.mark.parametrize("per", ["sequence", "token"])
+def test_entropy_changes_of_dora_are_those_of_the_function_that_runs(order, tolerance, per):
+    """Against finite differences of the reweighted entropy; a backward pass holds the norm still."""
+    policy, rollouts = peft_policy(dora=True), rollouts_for(11)
+    optimizer = torch.optim.AdamW(policy.parameters.values(), lr=0.01)
+    direction = dh.update_direction(policy, rollouts_for(11, seed=3), optimizer=optimizer)
+    mask = rollouts.response_mask.double()
+    with torch.no_grad():
+        before = dh.score(policy, rollouts).log_probs
+
+    def entropy(step):
+        with torch.no_grad():
+            log_probs, entropies = dh.score(policy, rollouts, policy.shifted(direction.vector, step))
+        ratios = log_probs - before
+        weights = (ratios.cumsum(1) - ratios).exp()
+        return float((weights * entropies).sum() / ((weights * mask).sum() if per == "token" else len(rollouts)))
+
+    h, weights = 2e-4, {1: (1, -8, 0, 8, -1), 2: (-1, 16, -30, 16, -1)}[order]
+    truth = sum(w * entropy(k * h) for k, w in zip(range(-2, 3), weights, strict=True)) / (12 * h**order)
+    change = dh.entropy_change(policy, rollouts, direction, order, per, baseline="entropy")
+    assert change.value == pytest.approx(truth, rel=tolerance)
+
+
+def test_attributions_that_would_not_sum_to_the_change_are_refused():
+    for dora in (False, True):
+        policy, evaluation = peft_policy(dora=dora), rollouts_for(11, prompts=6, seed=2)
+        optimizer = torch.optim.AdamW(policy.parameters.values(), lr=0.01)
+        direction = dh.update_direction(policy, rollouts_for(11), optimizer=optimizer)
+        change = dh.entropy_change(policy, evaluation, direction)
+        if not dora:
+            causes = dh.attribution(policy, evaluation, direction, change)
+            whole = float(causes.tokens.sum()) + causes.momentum + causes.weight_decay
+            assert whole == pytest.approx(change.value, rel=1e-9)
+            continue
+        with pytest.raises(ValueError, match="^policy: the parts sum to .*LlamaForCausalLM is not the derivative of"):
+            dh.attribution(policy, evaluation, direction, change)
 
 
 def test_critical_learning_rate_is_where_both_orders_are_equal():
@@ -242,19 +429,22 @@ def test_critical_learning_rate_is_where_both_orders_are_equal():
         dh.critical_learning_rate(first, dh.Estimate(0.0, 1.0, 9))
 
 
-def test_critical_learning_rate_covers_with_correlated_derivatives(monkeypatch):
-    generator, covered, truth = torch.Generator().manual_seed(0), 0, 2 * 1.0 / 3.0
-    index = torch.arange(60)
+def made_up(contributions, order=1, per="token", **others):
+    """An entropy change with these contributions, of one policy, rollouts and direction unless others are given."""
+    e, tokens = dh.Estimate.mean(contributions), torch.zeros(len(contributions), 2)
+    fields = dict(token_contributions=tokens, score_term=e, score_weights=tokens, entropy_weight=0.0,
+                  prompt_index=torch.arange(len(contributions)), of_policy="a", of_rollouts="b", of_direction="c")
+    return dynamics.EntropyChange(e.value, e.standard_error, e.count, e.contributions, order=order, per=per,
+                                  **fields | others)
 
-    def change(contributions):
-        e = dh.Estimate.mean(contributions)
-        return dynamics.EntropyChange(e.value, e.standard_error, e.count, e.contributions, token_contributions=None,
-                                      score_term=e, score_weights=None, entropy_weight=0.0, prompt_index=index, order=1)
+
+def test_critical_learning_rate_covers_with_correlated_derivatives():
+    generator, covered, truth = torch.Generator().manual_seed(0), 0, 2 * 1.0 / 3.0
 
     for _ in range(1000):
         noise = torch.randn(2, 60, generator=generator, dtype=torch.float64)
         first, second = 1.0 + 2 * noise[0], -3.0 + 4 * noise[0] + 2 * noise[1]
-        low, high = dh.critical_learning_rate(change(first), change(second)).interval()
+        low, high = dh.critical_learning_rate(made_up(first, 1), made_up(second, 2)).interval()
         covered += low <= truth <= high
     assert 0.93 <= covered / 1000 <= 0.97
 

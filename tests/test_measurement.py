@@ -1,5 +1,7 @@
 """Measured entropy changes against exact ones."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -164,3 +166,34 @@ def test_bad_input_is_named(enumerated):
             dh.measured_entropy_change(policy, every, v, **{"learning_rates": [0.1], **arguments})
     with pytest.raises(ValueError, match="expected the name of a trainable parameter"):
         dh.measured_entropy_change(policy, every, {"no such": torch.ones(1)}, [0.1])
+    table = dh.measured_entropy_change(policy, every, v, np.array([0.0, 1e-3]), seed=np.int64(1),
+                                       max_new_tokens=np.int64(4))
+    for rates in ([0.0, np.float64(1e-3)], (0, 1e-3), pd.Series([0.0, 1e-3], index=[4, 2]), iter([0.0, 1e-3]),
+                  torch.tensor([0.0, 1e-3], dtype=torch.float64)):
+        pd.testing.assert_frame_equal(dh.measured_entropy_change(policy, every, v, rates), table)
+    for wrong, error in ((0.1, TypeError), (np.float64(0.1), TypeError), (torch.tensor(0.1), TypeError),
+                         ("0.1", TypeError), (None, TypeError), ({"a": 0.1}, TypeError), (["0.1"], TypeError),
+                         ([None], TypeError), ([[0.1]], TypeError), ([True], TypeError), (np.ones((1, 1)), TypeError),
+                         ([0.1, float("nan")], ValueError), ([float("inf")], ValueError)):
+        with pytest.raises(error, match="^learning_rates: expected one or more finite numbers ≥ 0"):
+            dh.measured_entropy_change(policy, every, v, wrong)
+
+
+WRONG = (None, 3, "v", [1.0], {"a": 1}, np.ones(3))
+
+
+def test_wrong_types_are_named(enumerated):
+    policy, every, v, _ = enumerated
+    right = {"policy": policy, "rollouts": every, "direction": v, "learning_rates": [0.1]}
+    for wrong in WRONG:
+        for name, expected in (("policy", "a Policy"), ("rollouts", "a Rollouts"), ("direction", "a Direction")):
+            if not (name == "direction" and isinstance(wrong, dict)):
+                with pytest.raises(TypeError, match=f"^{name}: expected {expected}"):
+                    dh.measured_entropy_change(**right | {name: wrong})
+    for argument, expected in (("max_new_tokens", "an integer"), ("seed", "an integer"),
+                               ("batch_size", "an integer ≥ 1"), ("per", "one of"), ("method", "one of")):
+        for wrong in ([4], {"a": 4}, 4.5, True):
+            with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected {expected}"):
+                dh.measured_entropy_change(**right, **{argument: wrong})
+    with pytest.raises(TypeError, match=r"^direction\['a'\]: expected a tensor, got 1"):
+        dh.measured_entropy_change(**right | {"direction": {"a": 1}})

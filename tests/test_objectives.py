@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,6 +71,36 @@ def test_group_advantages():
     assert objectives.group_advantages(torch.tensor([3.0]), torch.tensor([0])).tolist() == [0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [True, False])
+def test_equal_rewards_are_worth_exactly_nothing(dtype, scale):
+    for reward in (100.1, 1.0, 1 / 3, -7e-5, 0.0):
+        for count in (1, 3, 12, 300):
+            rewards = torch.cat([torch.full((count,), reward), torch.tensor([0.25, 0.75])]).to(dtype)
+            groups = torch.cat([torch.full((count,), 7), torch.tensor([2, 2])])
+            found = objectives.group_advantages(rewards, groups, scale)
+            assert found.dtype == dtype and found[:count].tolist() == [0.0] * count
+            worth = 0.5**0.5 if scale else 0.25
+            assert found[count:].tolist() == pytest.approx([-worth, worth], rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_group_advantages_are_computed_in_float64(dtype, tolerance):
+    """Rewards of about 100 with a deviation of 1: float32's own mean would cost four digits, bfloat16's all."""
+    rewards = (100 + torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).to(dtype)
+    groups = torch.arange(40) % 5
+    found = objectives.group_advantages(rewards, groups)
+    for group in range(5):
+        own = rewards[groups == group].double()
+        expected = (own - own.mean()) / (own.std() + 1e-6)
+        torch.testing.assert_close(found[groups == group].double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_integer_rewards_are_converted():
+    found = objectives.group_advantages(torch.tensor([1, 0, 0, 1]), torch.tensor([3, 3, 3, 3]), scale=False)
+    assert found.dtype == torch.float32 and found.tolist() == [0.5, -0.5, -0.5, 0.5]
+
+
 def test_aggregations():
     losses, mask = torch.tensor([[1.0, 2.0], [6.0, 9.0]]), torch.tensor([[True, True], [True, False]])
     assert float(objectives.aggregate(losses, mask)) == pytest.approx((1.5 + 6) / 2)
@@ -114,3 +145,110 @@ def test_dr_grpo_sums_over_tokens_and_leaves_the_advantages_unscaled():
 def test_unknown_objectives_are_named():
     with pytest.raises(ValueError, match="objective: expected one of grpo, dr_grpo, gspo or an objectives.Objective"):
         objectives.find("ppo")
+
+
+def test_what_is_not_finite_is_refused_inside_the_mask_and_only_there():
+    log_probs, old, advantages, mask = batch()
+    for objective in (objectives.grpo, objectives.dr_grpo, objectives.gspo):
+        clean = objective(log_probs, old, advantages, mask)
+        for bad in (math.nan, math.inf, -math.inf):
+            torch.testing.assert_close(objective(log_probs, torch.where(mask, old, bad), advantages, mask), clean)
+            for name, place in (("log_probs", 0), ("old_log_probs", 1), ("advantages", 2)):
+                arguments = [log_probs.detach().clone(), old.clone(), advantages.clone()]
+                arguments[place][2 if place == 2 else (2, 0)] = bad
+                with pytest.raises(ValueError, match=f"^{name}: expected finite numbers"):
+                    objective(*arguments, mask)
+    losses = torch.where(mask, log_probs.detach(), math.nan)
+    for how in objectives.AGGREGATIONS:
+        assert torch.isfinite(objectives.aggregate(losses, mask, how))
+        with pytest.raises(ValueError, match="losses: expected finite numbers inside the mask"):
+            objectives.aggregate(torch.full_like(losses, math.nan), mask, how)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="rewards: expected finite numbers"):
+            objectives.group_advantages(torch.tensor([1.0, bad]), torch.zeros(2).long())
+
+
+def test_rows_without_a_token_have_no_mean():
+    log_probs, old, advantages, mask = batch()
+    mask[3] = False
+    with pytest.raises(ValueError, match="mask: expected a token in every row; row 3 has none"):
+        objectives.gspo(log_probs, old, advantages, mask)
+    losses = objectives.grpo(log_probs, old, advantages, mask)
+    with pytest.raises(ValueError, match="mask: expected a token in every row; row 3 has none"):
+        objectives.aggregate(losses, mask)
+    assert torch.isfinite(objectives.aggregate(losses, mask, "token_mean"))
+    assert torch.isfinite(objectives.aggregate(losses, mask, "constant"))
+    with pytest.raises(ValueError, match="mask: expected a token to take the mean of, got none"):
+        objectives.aggregate(losses, torch.zeros_like(mask), "token_mean")
+
+
+@pytest.mark.parametrize("wrong, error", [(-0.1, ValueError), (math.nan, ValueError), (math.inf, ValueError),
+                                          ("0.2", TypeError), (None, TypeError), ([0.2], TypeError)])
+@pytest.mark.parametrize("name", ["clip_low", "clip_high"])
+def test_clips_are_numbers_from_zero_on(name, wrong, error):
+    for objective in (objectives.grpo, objectives.dr_grpo, objectives.gspo):
+        with pytest.raises(error, match=f"^{name}: expected a number ≥ 0, got"):
+            objective(*batch(), **{name: wrong})
+
+
+@pytest.mark.parametrize("wrong, error", [(0, ValueError), (-3, ValueError), (2.5, ValueError), (math.nan, ValueError),
+                                          ("10", TypeError), (True, TypeError)])
+def test_lengths_are_positive_integers(wrong, error):
+    log_probs, _, _, mask = batch()
+    with pytest.raises(error, match="^length: expected an integer ≥ 1, got"):
+        objectives.aggregate(log_probs, mask, "constant", length=wrong)
+    with pytest.raises(error, match="^length: expected an integer ≥ 1, got"):
+        objectives.Objective(objectives.dr_grpo, "constant", length=wrong)
+
+
+def test_numbers_of_numpy_are_welcome():
+    log_probs, old, advantages, mask = batch()
+    loose = objectives.grpo(log_probs, old, advantages, mask, np.float32(0.25), np.int64(1))
+    torch.testing.assert_close(loose, objectives.grpo(log_probs, old, advantages, mask, 0.25, 1.0))
+    assert objectives.Objective(objectives.grpo, "constant", length=np.int64(7)).length == 7
+
+
+WRONG = (None, 3, "grpo", [1.0], {"a": 1}, np.ones(3))
+
+
+def test_wrong_types_are_named():
+    log_probs, old, advantages, mask = batch()
+    right = {"log_probs": log_probs, "old_log_probs": old, "advantages": advantages, "mask": mask}
+    for function in (objectives.grpo, objectives.dr_grpo, objectives.gspo):
+        for name in right:
+            for wrong in WRONG:
+                with pytest.raises(TypeError, match=f"^{name}: expected a tensor, got"):
+                    function(**right | {name: wrong})
+    for name in ("log_probs", "old_log_probs", "mask"):
+        for wrong in WRONG:
+            with pytest.raises(TypeError, match=f"^{name}: expected a tensor, got"):
+                objectives.sequence_ratio(**{k: right[k] for k in right if k != "advantages"} | {name: wrong})
+    with pytest.raises(TypeError, match="^mask: expected booleans, got a float64 tensor"):
+        objectives.grpo(log_probs, old, advantages, mask.double())
+    with pytest.raises(TypeError, match="^old_log_probs: expected floating-point numbers, got a int64 tensor"):
+        objectives.grpo(log_probs, old.long(), advantages, mask)
+    for wrong in WRONG:
+        with pytest.raises(TypeError, match="^losses: expected a tensor, got"):
+            objectives.aggregate(wrong, mask)
+        with pytest.raises(TypeError, match="^mask: expected a tensor, got"):
+            objectives.aggregate(log_probs, wrong)
+        with pytest.raises(TypeError, match="^rewards: expected a tensor, got"):
+            objectives.group_advantages(wrong, torch.zeros(3).long())
+        with pytest.raises(TypeError, match="^prompt_index: expected a tensor, got"):
+            objectives.group_advantages(torch.ones(3), wrong)
+        with pytest.raises(TypeError, match="^losses: expected a function such as objectives.grpo, got"):
+            objectives.Objective(wrong)
+        with pytest.raises(TypeError, match="^rollouts: expected a Rollouts, got"):
+            objectives.find("grpo").loss(log_probs, old, wrong)
+        error = ValueError if isinstance(wrong, (int, str)) else TypeError
+        with pytest.raises(error, match="^how: expected one of sequence_mean"):
+            objectives.aggregate(log_probs, mask, wrong)
+        with pytest.raises(error, match="^aggregation: expected one of seq"):
+            objectives.Objective(objectives.grpo, wrong)
+    for wrong in (None, 3, [1.0], {"a": 1}):
+        with pytest.raises(TypeError, match="^objective: expected one of grpo, dr_grpo, gspo or an objectives.Obj"):
+            objectives.find(wrong)
+        with pytest.raises(TypeError, match="^scale: expected True or False, got"):
+            objectives.Objective(objectives.grpo, scale=wrong)
+        with pytest.raises(TypeError, match="^scale: expected True or False, got"):
+            objectives.group_advantages(torch.ones(3), torch.zeros(3).long(), scale=wrong)

@@ -1,10 +1,14 @@
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
 
 import deltah as dh
+from conftest import build_model
 from deltah import objectives
+from test_updates import rollouts_for
 
 
 def test_a_step_raises_the_reward_on_the_rollouts_it_was_made_from(shipped, problems):
@@ -29,3 +33,97 @@ def test_rollouts_without_advantages_are_refused(shipped):
     optimizer = torch.optim.SGD(shipped.parameters.values(), lr=0.1)
     with pytest.raises(ValueError, match="rollouts: expected advantages, got None, and no rewards"):
         dh.training.policy_gradient_step(shipped, rollouts, torch.zeros(2, 2), "gspo", optimizer)
+
+
+def set_up(**settings):
+    policy, rollouts = dh.Policy(build_model("llama", 11)), rollouts_for(11)
+    with torch.no_grad():
+        old = dh.score(policy, rollouts).log_probs
+    return {"policy": policy, "rollouts": rollouts, "old_log_probs": old, "objective": "grpo",
+            "optimizer": torch.optim.AdamW(policy.parameters.values(), lr=0.01)} | settings
+
+
+def test_gradients_that_stand_there_take_no_part_and_are_not_written_to():
+    clean, dirty = (set_up(max_gradient_norm=0.3) for _ in range(2))
+    for each in (clean, dirty):
+        # No loss reaches it, and the optimizer does not hold it.
+        each["policy"].model.register_parameter("idle", torch.nn.Parameter(torch.ones(2)))
+    start = {n: p.detach().clone() for n, p in clean["policy"].parameters.items()}
+    for _ in range(2):
+        kept = {n: torch.full_like(p, 7.0) for n, p in dirty["policy"].parameters.items()}
+        for n, p in dirty["policy"].parameters.items():
+            p.grad = kept[n]
+        for each in (clean, dirty):
+            dh.training.policy_gradient_step(**each)
+        assert all(bool((x == 7.0).all()) for x in kept.values())
+    for (n, p), q in zip(clean["policy"].parameters.items(), dirty["policy"].parameters.values(), strict=True):
+        assert torch.equal(p, q) and torch.equal(p, start[n]) == (n == "idle")
+        assert (p.grad is None and q.grad is None) if n == "idle" else torch.equal(p.grad, q.grad)
+    norm = sum(float(p.grad.square().sum()) for n, p in clean["policy"].parameters.items() if n != "idle") ** 0.5
+    assert norm == pytest.approx(0.3, rel=1e-4)
+
+
+class Failing(torch.optim.SGD):
+    def step(self, closure=None):
+        raise RuntimeError("no step today")
+
+
+def nowhere(log_probs, old, advantages, mask):
+    """A loss that is finite, with a gradient that is not."""
+    return torch.where(mask, (log_probs - log_probs.detach()).abs().sqrt(), 0.0)
+
+
+WRONG_STEPS = {
+    "NaN rewards": lambda a: {"rollouts": a["rollouts"].replace(rewards=a["rollouts"].rewards * math.nan)},
+    "infinite advantages": lambda a: {"rollouts": a["rollouts"].replace(advantages=torch.full((12,), math.inf))},
+    "NaN old log-probs": lambda a: {"old_log_probs": a["old_log_probs"] * math.nan},
+    "old log-probs of another shape": lambda a: {"old_log_probs": a["old_log_probs"][:, 1:]},
+    "old log-probs that are integers": lambda a: {"old_log_probs": a["old_log_probs"].long()},
+    "no old log-probs": lambda a: {"old_log_probs": None},
+    "no policy": lambda a: {"policy": a["policy"].model},
+    "no rollouts": lambda a: {"rollouts": [a["rollouts"]]},
+    "no optimizer": lambda a: {"optimizer": None},
+    "an optimizer of something else": lambda a: {"optimizer": torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])},
+    "an unknown objective": lambda a: {"objective": "ppo"},
+    "no objective": lambda a: {"objective": None},
+    "a negative norm": lambda a: {"max_gradient_norm": -1.0},
+    "a NaN norm": lambda a: {"max_gradient_norm": math.nan},
+    "an infinite norm": lambda a: {"max_gradient_norm": math.inf},
+    "a norm of zero": lambda a: {"max_gradient_norm": 0},
+    "a norm in words": lambda a: {"max_gradient_norm": "1"},
+    "an infinite gradient": lambda a: {"objective": objectives.Objective(nowhere)},
+    "a failing step": lambda a: {"optimizer": Failing(a["policy"].parameters.values(), lr=0.1)},
+    "a step that needs a closure": lambda a: {"optimizer": torch.optim.LBFGS(a["policy"].parameters.values())},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_STEPS)
+def test_what_goes_wrong_leaves_nothing_half_done(name):
+    arguments = set_up()
+    policy, optimizer = arguments["policy"], arguments["optimizer"]
+    dh.training.policy_gradient_step(**arguments)
+    before = {n: (p.detach().clone(), p.grad, p.grad.clone()) for n, p in policy.parameters.items()}
+    state = copy.deepcopy(optimizer.state_dict())
+    wrong = WRONG_STEPS[name](arguments)
+    argument = {"optimizer": "optimizer|no step|closure|LBFGS|.*step\\(\\)", "objective": "objective|policy",
+                "rollouts": "rollouts|rewards|advantages"}
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=f"^({argument.get(*wrong, *wrong)})"):
+        dh.training.policy_gradient_step(**arguments | wrong)
+    for n, p in policy.parameters.items():
+        value, grad, content = before[n]
+        assert torch.equal(p, value) and p.grad is grad and torch.equal(p.grad, content)
+    after = optimizer.state_dict()
+    assert all(torch.equal(torch.as_tensor(x[k]), torch.as_tensor(y[k]))
+               for x, y in zip(state["state"].values(), after["state"].values(), strict=True) for k in x)
+
+
+def test_padding_of_old_log_probs_may_hold_anything_and_grad_mode_does_not_matter():
+    one, other = set_up(), set_up(max_gradient_norm=np.float32(1e9))
+    mask = other["rollouts"].response_mask
+    other["old_log_probs"] = torch.where(mask, other["old_log_probs"], math.nan).double()
+    step = dh.training.policy_gradient_step
+    with torch.no_grad():
+        loss = step(**other)
+    assert loss == pytest.approx(step(**one), abs=1e-6)
+    for p, q in zip(one["policy"].parameters.values(), other["policy"].parameters.values(), strict=True):
+        torch.testing.assert_close(p, q)

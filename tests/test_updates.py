@@ -1,15 +1,21 @@
 """Update directions against what torch's own optimizers do."""
 
 import copy
+import dataclasses
 import functools
+import types
 
+import numpy as np
+import peft
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.optim import SGD, Adam, AdamW, RMSprop
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import deltah as dh
 from conftest import build_model
-from deltah import objectives
+from deltah import fingerprints, objectives, optimizers
 
 OPTIMIZERS = {
     "sgd": (SGD, dict(lr=0.5)),
@@ -63,9 +69,13 @@ def test_direction_is_what_the_optimizer_does_after_several_steps(name, dtype, t
         rollouts = rollouts_for(11, seed=step)
         state = copy.deepcopy(optimizer.state_dict())
         before = {n: p.detach().clone() for n, p in policy.parameters.items()}
+        grads = {n: (p.grad, None if p.grad is None else p.grad.clone()) for n, p in policy.parameters.items()}
         direction = dh.update_direction(policy, rollouts, "grpo", optimizer=optimizer, max_gradient_norm=0.7)
-        # Neither the policy nor the optimizer has moved.
-        assert all(torch.equal(before[n], p) and p.grad is None or step for n, p in policy.parameters.items())
+        # Neither the policy nor the optimizer has moved, nor what the last step has left in the gradients.
+        assert all(torch.equal(before[n], p) for n, p in policy.parameters.items())
+        for n, p in policy.parameters.items():
+            assert p.grad is grads[n][0] and (p.grad is None) == (step == 0)
+            assert p.grad is None or torch.equal(p.grad, grads[n][1])
         for old, new in zip(state["state"].values(), optimizer.state_dict()["state"].values(), strict=True):
             assert all(torch.equal(torch.as_tensor(old[k]), torch.as_tensor(new[k])) for k in old if old[k] is not None)
         change = real_change(policy, rollouts, optimizer, "grpo", 0.7)
@@ -135,9 +145,21 @@ def low_rank_policy(vocabulary_size=11):
     return dh.Policy(model)
 
 
-def test_adapters():
-    policy = low_rank_policy()
-    assert len(policy.parameters) == 8
+def peft_policy(kind="llama", vocabulary_size=11, dora=False):
+    """In float64 throughout, with PEFT's adapters away from their start."""
+    base, targets = build_model(kind, vocabulary_size), {"llama": ["q_proj", "up_proj"], "gpt2": ["c_attn", "c_fc"]}
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets[kind], use_dora=dora,
+                                                        fan_in_fan_out=kind == "gpt2", init_lora_weights=False))
+    return dh.exact.exact_policy(adapted.base_model.model)
+
+
+@pytest.mark.parametrize("make, count", [(low_rank_policy, 8), (peft_policy, 8),
+                                         (functools.partial(peft_policy, dora=True), 12)])
+def test_adapters(make, count):
+    """As a trainer moves them, also where the backward pass holds DoRA's norm still."""
+    policy = make()
+    assert len(policy.parameters) == count
     optimizer = AdamW(policy.parameters.values(), lr=0.02)
     for seed in range(3):
         rollouts = rollouts_for(11, seed=seed)
@@ -189,6 +211,297 @@ def test_bad_input_is_named():
     direction = dh.update_direction(policy, rollouts, optimizer=optimizer)
     with pytest.raises(ValueError, match="index: expected one of 0 to 11, got 12"):
         direction.per_rollout(12)
-    real_change(policy, rollouts, optimizer, "grpo")
-    with pytest.raises(ValueError, match="policy: its parameters have changed since"):
+    for wrong in (-1, np.int64(12)):
+        with pytest.raises(ValueError, match=f"index: expected one of 0 to 11, got {wrong}"):
+            direction.per_rollout(wrong)
+    for wrong in (None, "0", [0], True):
+        with pytest.raises(TypeError, match="index: expected an integer, got"):
+            direction.per_rollout(wrong)
+    assert relative_error(direction.per_rollout(np.int64(3)), direction.per_rollout(3)) == 0
+
+
+def bump(policy):
+    """The smallest change of a single number."""
+    p = policy.model.model.layers[1].mlp.up_proj.weight
+    p.data[0, 0] = torch.nextafter(p.data[0, 0], torch.tensor(9.0))
+
+
+def train(policy, **settings):
+    optimizer = AdamW(policy.parameters.values(), lr=1e-6, **settings)
+    for p in policy.parameters.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def write(policy, how):
+    p = next(iter(policy.parameters.values()))
+    with torch.no_grad():
+        how(p)
+
+
+WRITERS = {
+    "fused": lambda policy: train(policy, fused=True),
+    "foreach": lambda policy: train(policy, foreach=True),
+    "one by one": lambda policy: train(policy, foreach=False),
+    "data": bump,
+    "data replaced": lambda policy: write(policy, lambda p: setattr(p, "data", p.data * 2)),
+    "sign": lambda policy: write(policy, lambda p: setattr(p, "data", -p.data)),
+    "exchanged": lambda policy: write(policy, lambda p: setattr(p, "data", p.data.flip(0))),
+    "copy_": lambda policy: write(policy, lambda p: p.copy_(p + 1e-3)),
+    "in numpy": lambda policy: write(policy, lambda p: p.numpy().__setitem__(0, 0.5)),
+    "a parameter replaced": lambda policy: setattr(policy.model.model.norm, "weight", torch.nn.Parameter(
+        1.01 * policy.model.model.norm.weight.detach())),
+    "load_state_dict": lambda policy: policy.model.load_state_dict(build_model("llama", 11, seed=1).state_dict()),
+    "frozen": lambda policy: write(policy, lambda p: p.requires_grad_(False).mul_(1.01).requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("how", WRITERS)
+def test_a_direction_made_at_other_parameters_is_refused_whoever_moved_them(how):
+    policy, rollouts, evaluation = dh.Policy(build_model("llama", 11)), rollouts_for(11), rollouts_for(11, 6, 1, 3)
+    direction = dh.update_direction(policy, rollouts, optimizer=SGD(policy.parameters.values(), lr=0.1))
+    change = dh.entropy_change(policy, evaluation, direction)
+    calls = (lambda: direction.per_rollout(0), lambda: dh.entropy_change(policy, evaluation, direction),
+             lambda: dh.measured_entropy_change(policy, evaluation, direction, [1e-3]),
+             lambda: dh.attribution(policy, evaluation, direction, change))
+    for call in calls:
+        call()
+    before = copy.deepcopy(policy.model.state_dict())
+    WRITERS[how](policy)
+    for call in calls:
+        with pytest.raises(ValueError, match="policy: its parameters have changed since this direction was made"):
+            call()
+    # Who passes the vector means it.
+    dh.measured_entropy_change(policy, evaluation, direction.vector, [1e-3])
+    assert dh.entropy_change(policy, evaluation, direction.vector).value != change.value
+    policy.model.load_state_dict(before)
+    assert [call() for call in calls][1].value == change.value
+
+
+def test_another_policy_at_the_same_parameters_will_do():
+    """Also one in float64, which holds the same numbers."""
+    policy, rollouts, evaluation = dh.Policy(build_model("llama", 11)), rollouts_for(11), rollouts_for(11, 6, 1, 3)
+    direction = dh.update_direction(policy, rollouts, optimizer=SGD(policy.parameters.values(), lr=0.1))
+    change = dh.entropy_change(policy, evaluation, direction)
+    other = dh.Policy(copy.deepcopy(policy.model))
+    assert dh.entropy_change(other, evaluation, direction).value == change.value
+    causes = dh.attribution(other, evaluation, direction, change)
+    assert torch.equal(causes.tokens, dh.attribution(policy, evaluation, direction, change).tokens)
+    exact = dh.exact.exact_policy(copy.deepcopy(policy.model))
+    assert dh.entropy_change(exact, evaluation, direction).value == pytest.approx(change.value, rel=1e-3)
+    bump(other)
+    with pytest.raises(ValueError, match="policy: its parameters have changed since this direction was made"):
+        dh.entropy_change(other, evaluation, direction)
+
+
+def test_a_loaded_adapter_makes_a_direction_stale(tmp_path):
+    def adapted(seed):
+        base = build_model("llama", 11)
+        torch.manual_seed(seed)
+        return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+
+    adapted(1).save_pretrained(tmp_path)
+    model = adapted(0)
+    policy, rollouts = dh.Policy(model.base_model.model), rollouts_for(11)
+    direction = dh.update_direction(policy, rollouts, optimizer=SGD(policy.parameters.values(), lr=0.1))
+    direction.per_rollout(0)
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    with pytest.raises(ValueError, match="policy: its parameters have changed since this direction was made, .*lora_A"):
         direction.per_rollout(0)
+
+
+def test_fingerprints_tell_values_apart_and_nothing_else():
+    """Across chunks, in every dtype and layout."""
+    x = torch.randn(3, fingerprints.CHUNK // 2, generator=torch.Generator().manual_seed(0))
+    word = fingerprints.fingerprint({"x": x})["x"]
+    same = (x.clone(), x.double(), x.T.contiguous().T, torch.stack([x, x], -1)[..., 0])
+    assert {fingerprints.fingerprint({"x": y})["x"] for y in same} == {word}
+    last, exchanged = x.clone(), x.clone()
+    last[-1, -1] = torch.nextafter(last[-1, -1], torch.tensor(9.0))
+    exchanged[0, 0], exchanged[2, 5] = x[2, 5], x[0, 0]
+    others = (last, exchanged, -x, 2 * x, x.flip(1), x.flip(0), x.T, x[:2], x.double() * (1 + 1e-15), x.bfloat16(),
+              x.roll(fingerprints.CHUNK), torch.zeros_like(x), torch.zeros_like(x[0]), x.long(), torch.complex(x, x))
+    words = [fingerprints.fingerprint({"x": y})["x"] for y in others]
+    assert len({word, *words}) == 1 + len(others)
+
+
+class Renamed(AdamW):
+    """Nothing of its own that a step uses."""
+
+    def __init__(self, parameters, lr=0.02):
+        super().__init__(parameters, lr=lr, weight_decay=0.1)
+        self.calls = 0
+
+    def zero_grad(self, set_to_none=True):
+        self.calls += 1
+        super().zero_grad(set_to_none)
+
+    def note(self):
+        return self.calls
+
+
+class Doubled(SGD):
+    def step(self, closure=None):
+        super().step(closure)
+        return super().step(closure)
+
+
+class Disguised(SGD):
+    @functools.wraps(SGD.step)
+    def step(self, closure=None):
+        return None
+
+
+class Mixed:
+    def _init_group(self, group, *rest):
+        return False
+
+
+class WithMixin(Mixed, SGD):
+    pass
+
+
+class OwnGroups(AdamW):
+    @property
+    def param_groups(self):
+        return [group | {"lr": 1.0} for group in self.__dict__["groups"]]
+
+    @param_groups.setter
+    def param_groups(self, groups):
+        self.__dict__["groups"] = groups
+
+
+def replaced(optimizer, step):
+    optimizer.step = step(optimizer)
+    return optimizer
+
+
+def with_scheduler(optimizer):
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5)
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [
+    Renamed, lambda p: with_scheduler(Renamed(p)), lambda p: with_scheduler(SGD(p, lr=0.1, momentum=0.9)),
+    lambda p: Accelerator(cpu=True).prepare(AdamW(p, lr=0.02)),
+    lambda p: with_scheduler(Accelerator(cpu=True).prepare(AdamW(p, lr=0.02)).optimizer)])
+def test_the_same_step_under_another_name(make):
+    """Subclasses that change nothing, schedulers, and what Accelerate makes of an optimizer."""
+    policy = dh.Policy(build_model("llama", 11, torch.float64))
+    optimizer = make(list(policy.parameters.values()))
+    for seed in range(3):
+        rollouts = rollouts_for(11, seed=seed)
+        direction = dh.update_direction(policy, rollouts, optimizer=optimizer)
+        assert relative_error(direction.vector, real_change(policy, rollouts, optimizer, "grpo")) < 1e-11
+
+
+@pytest.mark.parametrize("make, reason", [
+    (lambda p: Doubled(p, lr=0.1), "has a `step` of its own"),
+    (lambda p: with_scheduler(Doubled(p, lr=0.1)), "has a `step` of its own"),
+    (lambda p: Disguised(p, lr=0.1), "has a `step` of its own"),
+    (lambda p: WithMixin(p, lr=0.1), "has a `_init_group` of its own"),
+    (lambda p: OwnGroups(p, lr=0.1), "has a `param_groups` of its own"),
+    (lambda p: replaced(SGD(p, lr=0.1), lambda o: lambda: None), "has a `step` of its own"),
+    (lambda p: replaced(SGD(p, lr=0.1), lambda o: functools.wraps(o.step)(lambda: None)), "has a `step` of its own"),
+    (lambda p: replaced(with_scheduler(SGD(p, lr=0.1)), lambda o: functools.wraps(o.step)(lambda: None)),
+     "has a `step` of its own"),
+    (lambda p: with_scheduler(replaced(SGD(p, lr=0.1), lambda o: types.MethodType(Doubled.step, o))),
+     "has a `step` of its own"),
+    (lambda p: Accelerator(cpu=True).prepare(Doubled(p, lr=0.1)), "has a `step` of its own"),
+    (torch.optim.NAdam, "got NAdam"), (torch.optim.RAdam, "got RAdam"), (torch.optim.Adamax, "got Adamax"),
+    (lambda p: None, "got None"), (lambda p: "adam", "got 'adam'"), (lambda p: p, "got list")])
+def test_another_step_is_refused(make, reason):
+    policy = dh.Policy(build_model("llama", 11))
+    with pytest.raises(TypeError, match=f"^optimizer: expected a torch.optim SGD, RMSprop, Adam or AdamW.*{reason}"):
+        dh.update_direction(policy, rollouts_for(11), optimizer=make(list(policy.parameters.values())))
+
+
+def test_hooks_before_the_step_are_refused():
+    policy, rollouts = dh.Policy(build_model("llama", 11)), rollouts_for(11)
+    optimizer = SGD(policy.parameters.values(), lr=0.1)
+    for hook in (optimizer.register_step_pre_hook, register_optimizer_step_pre_hook):
+        handle = hook(lambda *_: None)
+        try:
+            with pytest.raises(TypeError, match="this SGD has hooks that run before its step and may change it"):
+                dh.update_direction(policy, rollouts, optimizer=optimizer)
+        finally:
+            handle.remove()
+    optimizer.register_step_post_hook(lambda *_: None)
+    dh.update_direction(policy, rollouts, optimizer=optimizer)
+
+
+def test_torch_s_own_step_replaced_for_all_is_refused(monkeypatch):
+    policy = dh.Policy(build_model("llama", 11))
+    optimizer = SGD(policy.parameters.values(), lr=0.1)
+    monkeypatch.setattr(SGD, "step", lambda self, closure=None: None)
+    with pytest.raises(TypeError, match="this SGD has a `step` of its own"):
+        optimizers.rule_of(optimizer)
+
+
+@pytest.mark.parametrize("wrong, error", [(-1.0, ValueError), (0, ValueError), (float("nan"), ValueError),
+                                          (float("inf"), ValueError), ("1", TypeError), ([1.0], TypeError)])
+def test_gradient_norms_are_positive_numbers(wrong, error):
+    policy, rollouts = dh.Policy(build_model("qwen2", 11)), rollouts_for(11)
+    with pytest.raises(error, match="^max_gradient_norm: expected a number > 0, got"):
+        dh.update_direction(policy, rollouts, optimizer=SGD(policy.parameters.values(), lr=0.1),
+                            max_gradient_norm=wrong)
+
+
+def test_old_log_probs_and_rewards_that_are_no_numbers_are_refused():
+    policy, rollouts = dh.Policy(build_model("qwen2", 11)), rollouts_for(11)
+    direct = functools.partial(dh.update_direction, policy, rollouts, optimizer=SGD(policy.parameters.values(), lr=0.1))
+    with torch.no_grad():
+        old = dh.score(policy, rollouts).log_probs
+    mask = rollouts.response_mask
+    assert not mask.all()
+    direct(old_log_probs=torch.where(mask, old, torch.nan))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        with pytest.raises(ValueError, match="^old_log_probs: expected finite numbers inside the mask"):
+            direct(old_log_probs=old.index_put((torch.tensor(2), torch.tensor(0)), torch.tensor(bad)))
+        rewards = rollouts.rewards.index_fill(0, torch.tensor(3), bad)
+        with pytest.raises(ValueError, match="^(rewards|advantages): expected finite numbers"):
+            dh.update_direction(policy, rollouts.replace(rewards=rewards),
+                                optimizer=SGD(policy.parameters.values(), lr=0.1))
+    with pytest.raises(ValueError, match=r"^old_log_probs: expected the mask's shape \[12, 6\], got \[12, 5\]"):
+        direct(old_log_probs=old[:, 1:])
+    for wrong in (old.long(), old.tolist(), "old", 3):
+        with pytest.raises(TypeError, match="^old_log_probs: expected (a tensor|floating-point numbers), got"):
+            direct(old_log_probs=wrong)
+
+
+WRONG = (None, 3, "policy", [1.0], {"a": 1}, np.ones(3))
+
+
+def test_wrong_types_are_named():
+    policy, rollouts = dh.Policy(build_model("qwen2", 11)), rollouts_for(11)
+    optimizer = SGD(policy.parameters.values(), lr=0.1)
+    right = {"policy": policy, "rollouts": rollouts, "optimizer": optimizer}
+    for wrong in WRONG:
+        for name, expected in (("policy", "a Policy"), ("rollouts", "a Rollouts"), ("optimizer", "a torch.optim SGD")):
+            with pytest.raises(TypeError, match=f"^{name}: expected {expected}"):
+                dh.update_direction(**right | {name: wrong})
+    for wrong in ("4", [4], 2.5, True):
+        with pytest.raises((TypeError, ValueError), match="^batch_size: expected an integer ≥ 1, got"):
+            dh.update_direction(**right, batch_size=wrong)
+    direction = dh.update_direction(**right, batch_size=np.int64(5))
+    for name in ("vector", "momentum", "weight_decay", "preconditioner", "state"):
+        with pytest.raises(TypeError, match=f"^{name}: expected"):
+            dataclasses.replace(direction, **{name: None})
+    with pytest.raises(ValueError, match="^momentum: expected the parameters of the vector"):
+        dataclasses.replace(direction, momentum={})
+    first = next(iter(direction.vector))
+    with pytest.raises(TypeError, match=r"^vector\['.*'\]: expected a tensor, got 3"):
+        dataclasses.replace(direction, vector=direction.vector | {first: 3})
+    with pytest.raises(ValueError, match=r"^token_weights: expected shape \[12, 6\], got \[12\]"):
+        dataclasses.replace(direction, token_weights=torch.zeros(12))
+
+
+def test_what_is_not_finite_does_not_become_a_direction():
+    policy, rollouts = dh.Policy(build_model("qwen2", 11)), rollouts_for(11)
+    optimizer = SGD(policy.parameters.values(), lr=torch.tensor(float("nan")))
+    with pytest.raises(ValueError, match=r"optimizer.param_groups\[0\]\['lr'\]: expected a number ≥ 0, got nan"):
+        dh.update_direction(policy, rollouts, optimizer=optimizer)
+    policy.model.model.norm.weight.register_hook(lambda g: g * torch.nan)
+    with pytest.raises(ValueError, match="policy, rollouts: the gradient of model.norm.weight is NaN or infinite"):
+        dh.update_direction(policy, rollouts, optimizer=SGD(policy.parameters.values(), lr=0.1))

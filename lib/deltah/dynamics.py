@@ -8,7 +8,8 @@ With S_k = log π(t_k | t_<k), the next-token entropy H_k, and ∇ the derivativ
 F_k is the entropy-to-go G_k after the baseline b_k = H_k; a baseline is taken off F_k and F'_k. The entropy per token
 is h = E[Σ H_k] / E[L], so that h' = (H' − h L') / L and h'' = (H'' − 2 h' L' − h L'') / L, where L' and L'' are the
 same sums with 1 in place of H_j. All derivatives come from forward-mode differentiation through the transformer, of all
-tokens of a batch in one pass. Chapters 03, 06 and 07 derive and check this.
+tokens of a batch in one pass. They are those of the function that runs: what a model detaches, as DoRA does the norm of
+its weights, moves too. Chapters 03, 06 and 07 derive and check this.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
+from deltah import checks
 from deltah.baselines import BASELINES, Remaining
+from deltah.derivatives.jets import Refused
 from deltah.derivatives.taylor import derivatives_along
 from deltah.entropy import UNITS
 from deltah.estimates import Estimate
+from deltah.fingerprints import digest, fingerprint
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts, check_rollouts
 from deltah.scoring import batches, in_batches, score_batch, weighted_gradient
-from deltah.updates import Direction
+from deltah.updates import Direction, state_of, vector_of
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -45,6 +49,11 @@ class EntropyChange(Estimate):
         entropy_weight: 1 / N, or 1 / (N E[L]) per token.
         prompt_index: [N], the clusters of the standard error.
         order: 1 or 2.
+        per: "sequence" or "token".
+        of_policy, of_rollouts, of_direction: digests of what it is the change of; those of the same content are equal.
+
+    Raises:
+        TypeError, ValueError: a field of another kind, or out of its range.
     """
 
     token_contributions: Tensor
@@ -53,6 +62,23 @@ class EntropyChange(Estimate):
     entropy_weight: float
     prompt_index: Tensor
     order: int
+    per: str
+    of_policy: str
+    of_rollouts: str
+    of_direction: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.tensor("contributions", self.contributions, ("N",), kind="floating")
+        checks.tensor("prompt_index", self.prompt_index, self.contributions.shape, kind="integer")
+        for name in ("token_contributions", "score_weights"):
+            checks.tensor(name, getattr(self, name), ("N", "T"), kind="floating")
+        checks.instance("score_term", self.score_term, Estimate, "an Estimate")
+        checks.number("entropy_weight", self.entropy_weight)
+        checks.choice("order", self.order, (1, 2))
+        checks.choice("per", self.per, UNITS)
+        for name in ("of_policy", "of_rollouts", "of_direction"):
+            checks.instance(name, getattr(self, name), str, "a digest")
 
 
 def entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping[str, Tensor], order: int = 1,
@@ -63,7 +89,8 @@ def entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Ma
         policy: the policy, at the parameters θ where the derivative is taken.
         rollouts: N rollouts sampled from it, at any temperature, without top-k or top-p. Those that made the
             direction would bias the estimate (chapter 05).
-        direction: v = δθ/η, of `update_direction` or by parameter name; what it leaves out stays still.
+        direction: v = δθ/η, of `update_direction` or by parameter name; what it leaves out stays still. A Direction
+            has to have been made at the policy's present parameters, a dict such as its `.vector` need not.
         order: 1 or 2.
         per: "sequence": of E[Σ_k H_k]. "token": of E[Σ_k H_k] / E[L]; its bias is of order 1/N.
         baseline: of the score-function terms. "none"; "entropy": b_k = H_k; "running_mean": b_k = H_k + the mean of
@@ -77,8 +104,10 @@ def entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Ma
         sampling, and the direction as given.
 
     Raises:
-        ValueError: an argument out of range, a direction that does not fit the policy, fewer than five rollouts for
-            a fitted baseline, a result that is not finite, or a model that has no forward mode.
+        TypeError: an argument of the wrong kind. ValueError: one out of range, a direction that does not fit the
+            policy or was made at other parameters, fewer than five rollouts for a fitted baseline, a result that is
+            not finite, or a model whose derivative is not to be had: one without forward mode, or that rounds what
+            moves, or leaves PyTorch.
 
     Source: the notes, sections 2.3, 2.4 and 2.6.
 
@@ -86,11 +115,14 @@ def entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Ma
     >>> change, 1e-3 * change.value        # per unit of η, and what to expect at η = 1e-3   # doctest: +SKIP
     (-0.73 ± 0.04, -0.00073)
     """
+    checks.instance("policy", policy, Policy)
+    checks.instance("rollouts", rollouts, Rollouts)
     for name, value, allowed in (("order", order, (1, 2)), ("per", per, UNITS), ("baseline", baseline, BASELINES)):
-        if value not in allowed:
-            raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
-    rollouts = rollouts.to(policy.device)
-    d = _derivatives(policy, rollouts, direction, order, baseline, batch_size)
+        checks.choice(name, value, allowed)
+    batch_size = None if batch_size is None else checks.integer("batch_size", batch_size, minimum=1)
+    state, rollouts = state_of(policy), rollouts.to(policy.device)
+    v = _moving(vector_of(policy, direction, state))
+    d = _derivatives(policy, rollouts, v, order, baseline, batch_size)
     mask, zeros = rollouts.response_mask, torch.zeros_like(d.entropies)
     # What the entropy is divided by: tokens, whose number changes too, or responses. The entropy less a constant for
     # each token has the same derivatives per token, and with its mean for the constant the least variance.
@@ -126,7 +158,20 @@ def entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Ma
     return EntropyChange(
         **{f.name: getattr(whole, f.name) for f in fields(Estimate)}, token_contributions=tokens / size,
         score_term=score_term, score_weights=(terms.rest - h * units.rest) / (size * len(rollouts)),
-        entropy_weight=1 / (size * len(rollouts)), prompt_index=clusters, order=order)
+        entropy_weight=1 / (size * len(rollouts)), prompt_index=clusters, order=int(order), per=per,
+        of_policy=digest(state), of_rollouts=_digest(rollouts), of_direction=digest(fingerprint(v)))
+
+
+def _moving(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what stays still."""
+    return {name: x for name, x in v.items() if x.any()}
+
+
+def _digest(rollouts: Rollouts) -> str:
+    """Of what an entropy change of the rollouts depends on; padding may hold anything."""
+    tensors = {"tokens": torch.where(rollouts.attention_mask, rollouts.input_ids, 0), "tokens seen":
+               rollouts.attention_mask, "response": rollouts.response_mask, "prompt_index": rollouts.prompt_index}
+    return digest(fingerprint(tensors) | {"temperature": float(rollouts.temperature)})
 
 
 def _quotient(x: Tensor, x_1: Tensor, x_2: Tensor, n: Tensor, n_1: Tensor, n_2: Tensor) -> tuple[Tensor, ...]:
@@ -179,14 +224,12 @@ class _Derivatives(NamedTuple):
     hidden: Tensor | None
 
 
-def _derivatives(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping[str, Tensor], order: int,
-                 baseline: str, batch_size: int | None) -> _Derivatives:
-    v = direction.vector if isinstance(direction, Direction) else direction
-    policy.check(v)
+def _derivatives(policy: Policy, rollouts: Rollouts, v: Mapping[str, Tensor], order: int, baseline: str,
+                 batch_size: int | None) -> _Derivatives:
     check_rollouts(policy, rollouts)
     parameters = {name: p.detach() for name, p in policy.parameters.items()}
     # What does not move needs no tangent.
-    v = {name: x.detach().to(parameters[name]) for name, x in v.items() if x.any()}
+    v = {name: x.detach().to(parameters[name]) for name, x in _moving(v).items()}
     moving = {name: parameters[name] for name in v}
 
     def one_batch(batch: Rollouts) -> list[Tensor]:
@@ -207,8 +250,11 @@ def _derivatives(policy: Policy, rollouts: Rollouts, direction: Direction | Mapp
     try:
         with policy.forward_mode():
             results = list(in_batches(rollouts, rows, one_batch))
+    except Refused as error:
+        name = type(policy.model).__name__
+        raise ValueError(f"policy: the derivative of {name} is not to be had: {error}") from error
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("forward AD", "functorch")):
+        if not any(word in str(error) for word in ("forward AD", "functorch", "data pointer")):
             raise
         raise ValueError(f"policy: an operation of {type(policy.model).__name__} has no forward-mode derivative: "
                          f"{str(error).splitlines()[0]}") from error
@@ -250,14 +296,28 @@ def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change
         An Attribution, in nats (per token) per unit of η; `.tokens.sum(1)` is what each rollout of the update did.
 
     Raises:
-        ValueError: a change of order 2 or of other rollouts.
+        TypeError: an argument of the wrong kind. ValueError: a change of order 2, of other rollouts, of another
+            direction or at other parameters; a policy whose parameters have changed since; or a model whose backward
+            pass is not the derivative of its function, as where it detaches something that moves (DoRA's norm): the
+            parts would not sum to the change.
 
     >>> causes = attribution(policy, rollouts, direction, change)            # doctest: +SKIP
     >>> causes.tokens.sum(1).argsort()[:8]     # the rollouts that lowered the entropy most   # doctest: +SKIP
     """
+    for name, value, kind in (("policy", policy, Policy), ("rollouts", rollouts, Rollouts),
+                              ("direction", direction, Direction), ("change", change, EntropyChange)):
+        checks.instance(name, value, kind)
+    batch_size = None if batch_size is None else checks.integer("batch_size", batch_size, minimum=1)
+    state = state_of(policy)
+    vector = vector_of(policy, direction, state)
     if change.score_weights.shape != rollouts.response_mask.shape or change.order != 1:
         raise ValueError(f"change: expected one of order 1 of these rollouts, {list(rollouts.response_mask.shape)}, "
                          f"got order {change.order} of {list(change.score_weights.shape)}")
+    for what, own, expected in (("of these rollouts", change.of_rollouts, _digest(rollouts)),
+                                ("along this direction", change.of_direction, digest(fingerprint(_moving(vector)))),
+                                ("at the policy's parameters", change.of_policy, digest(state))):
+        if own != expected:
+            raise ValueError(f"change: expected one {what}, got another's")
     rollouts = rollouts.to(policy.device)
     # Of the estimated entropy: `change` is its product with the direction.
     gradient = weighted_gradient(policy, rollouts, batches(policy, rollouts, batch_size), list(policy.parameters),
@@ -268,9 +328,18 @@ def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change
         return float(sum((gradient[name].double() * part[name]).sum() for name in gradient))
 
     toward = {name: scale * gradient[name] for name, scale in direction.preconditioner.items() if name in gradient}
-    shares = _derivatives(policy, direction.rollouts, toward, 1, "none", batch_size).scores_1
-    return Attribution(direction.token_weights.double() * shares, along(direction.momentum),
-                       along(direction.weight_decay))
+    update = direction.rollouts.to(policy.device)
+    shares = _derivatives(policy, update, toward, 1, "none", batch_size).scores_1
+    tokens = direction.token_weights.to(policy.device).double() * shares
+    causes = Attribution(tokens, along(direction.momentum), along(direction.weight_decay))
+    whole = float(tokens.sum()) + causes.momentum + causes.weight_decay
+    size = float(tokens.abs().sum()) + abs(causes.momentum) + abs(causes.weight_decay)
+    # Two thirds of the digits that the model computes with: float32's at most, which most fall back to in places.
+    if abs(whole - change.value) > max(torch.finfo(x).eps for x in (policy.dtype, torch.float32)) ** (2 / 3) * size:
+        raise ValueError(f"policy: the parts sum to {whole:.4g}, and the change is {change.value:.4g}; the backward "
+                         f"pass of {type(policy.model).__name__} is not the derivative of its function, as where it "
+                         "detaches something that moves")
+    return causes
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -290,10 +359,9 @@ class CriticalLearningRate(Estimate):
         """All η* that the derivatives allow; up to infinity where the second may be zero.
 
         Raises:
-            ValueError: `level` outside (0, 1).
+            TypeError: a level that is no number. ValueError: one outside (0, 1).
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+        level = checks.number("level", level, above=0, below=1)
         if self.count < 2:
             return 0.0, math.inf
         # Fieller: ratios r for which 2 d₁ − r d₂ is no further from 0 than its error allows, a r² − 2 b r + c ≤ 0.
@@ -313,29 +381,41 @@ def critical_learning_rate(first: Estimate, second: Estimate) -> CriticalLearnin
     """The learning rate at which the second-order change is as large as the first: η* = 2 |dH/dη| / |d²H/dη²|.
 
     Args:
-        first, second: `entropy_change` of order 1 and 2 along one direction; from the same rollouts, their errors'
-            covariance is accounted for, otherwise they are taken as independent.
+        first, second: `entropy_change` of order 1 and 2, along one direction at one place and per the same unit. From
+            the same rollouts, their errors' covariance is accounted for; otherwise they are taken as independent. Of
+            plain Estimates, all that is the caller's word.
 
     Returns:
         A CriticalLearningRate, in the unit of η.
 
     Raises:
-        ValueError: a second derivative of exactly zero.
+        TypeError: something that is no Estimate. ValueError: entropy changes of other orders, or that do not belong
+            together; a derivative that is NaN or infinite; or a second one of exactly zero.
 
     Source: the notes, section 2.5.
 
     >>> critical_learning_rate(Estimate(-2.0, 0.1, 100), Estimate(400.0, 20.0, 100))
     0.0100 ± 0.0007
     """
+    for name, change, order in (("first", first, 1), ("second", second, 2)):
+        checks.instance(name, change, Estimate, "an entropy change or another Estimate")
+        if isinstance(change, EntropyChange) and change.order != order:
+            raise ValueError(f"{name}: expected an entropy change of order {order}, got one of order {change.order}")
+        # The error of a single prompt is not known.
+        if not math.isfinite(change.value) or change.count > 1 and not math.isfinite(change.standard_error):
+            raise ValueError(f"{name}: expected a finite derivative and error, got {change}")
     if second.value == 0:
         raise ValueError("second: expected a second derivative other than 0, got 0: the first order never fails")
     covariance = 0.0
-    if isinstance(first, EntropyChange) and isinstance(second, EntropyChange) and torch.equal(
-            first.prompt_index, second.prompt_index):
-        clusters = first.prompt_index
-        both, one, other = (Estimate.mean(x, clusters).standard_error ** 2 for x in (
-            first.contributions + second.contributions, first.contributions, second.contributions))
-        covariance = (both - one - other) / 2
+    if isinstance(first, EntropyChange) and isinstance(second, EntropyChange):
+        for what in ("per", "of_direction", "of_policy"):
+            if getattr(first, what) != getattr(second, what):
+                raise ValueError(f"second: expected an entropy change with the first's `{what}`, "
+                                 f"{getattr(first, what)}, got {getattr(second, what)}")
+        if first.of_rollouts == second.of_rollouts and torch.equal(first.prompt_index, second.prompt_index):
+            both, one, other = (Estimate.mean(x, first.prompt_index).standard_error ** 2 for x in (
+                first.contributions + second.contributions, first.contributions, second.contributions))
+            covariance = (both - one - other) / 2
     ratio = 2 * first.value / second.value
     variance = (2 * first.standard_error) ** 2 - 4 * ratio * covariance + (ratio * second.standard_error) ** 2
     return CriticalLearningRate(abs(ratio), math.sqrt(max(variance, 0.0)) / abs(second.value),

@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy.stats import t as student_t
 from torch import Tensor
+
+from deltah import checks
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,9 @@ class Estimate:
         contributions: [N], one term for each sample; their mean is `value`. None where there is none.
         skewness: of the clusters' contributions; intervals lean by it.
 
+    Raises:
+        TypeError, ValueError: a field that is no number (or tensor of them), a negative error, or a count < 1.
+
     >>> Estimate(-0.01234, 0.00041, 100)
     -0.0123 ± 0.0004
     """
@@ -31,6 +37,14 @@ class Estimate:
     count: int
     contributions: Tensor | None = None
     skewness: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", _number("value", self.value))
+        object.__setattr__(self, "standard_error", _number("standard_error", self.standard_error, minimum=0))
+        object.__setattr__(self, "count", checks.integer("count", self.count, minimum=1))
+        object.__setattr__(self, "skewness", _number("skewness", self.skewness))
+        if self.contributions is not None:
+            checks.tensor("contributions", self.contributions, ("N",), kind="number")
 
     @classmethod
     def mean(cls, contributions: Tensor, clusters: Tensor | None = None) -> Estimate:
@@ -42,7 +56,8 @@ class Estimate:
                 other. None: all are independent.
 
         Raises:
-            ValueError: empty or non-finite contributions, or clusters of another shape.
+            TypeError: something that is not a tensor of numbers. ValueError: empty or non-finite contributions, or
+                clusters of another shape.
 
         >>> Estimate.mean(torch.tensor([1.0, 2.0, 3.0, 4.0]))
         2.5 ± 0.6
@@ -70,7 +85,7 @@ class Estimate:
             clusters: [N] integers, as for `mean`.
 
         Raises:
-            ValueError: as for `mean`, or denominators whose mean is 0.
+            TypeError, ValueError: as for `mean`, or denominators whose mean is 0.
 
         >>> Estimate.ratio(torch.tensor([2.0, 3.0, 7.0]), torch.tensor([1.0, 2.0, 3.0]))
         2.0 ± 0.3
@@ -96,11 +111,14 @@ class Estimate:
             An Estimate whose contributions are value + ∇function · (sample − mean).
 
         Raises:
-            ValueError: as for `mean`.
+            TypeError: as for `mean`, or no function. ValueError: as for `mean`, or samples that are not a matrix.
 
         >>> Estimate.smooth(lambda means: means[0] ** 2, torch.tensor([[2.0], [3.0], [7.0]]))
         20 ± 10
         """
+        if not callable(function):
+            raise TypeError(f"function: expected a function of the means, got {checks.shown(function)}")
+        checks.tensor("samples", samples, ("N", "M"), kind="number")
         for i, column in enumerate(samples.unbind(1)):
             _check(column, f"samples[:, {i}]", clusters)
         samples = samples.detach().double()
@@ -118,10 +136,9 @@ class Estimate:
         other side, where it could reach less far, it does not: a skewness that was estimated may be chance.
 
         Raises:
-            ValueError: `level` outside (0, 1).
+            TypeError: a level that is no number. ValueError: one outside (0, 1).
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+        level = checks.number("level", level, above=0, below=1)
         if self.count < 2:
             return -math.inf, math.inf
         quantile = float(student_t.ppf(0.5 + level / 2, self.count - 1))
@@ -147,10 +164,19 @@ def _untransformed(z: float, lean: float) -> float:
     return 3 / lean * (math.cbrt(1 + lean * (z - lean / 6)) - 1)
 
 
+def _number(name: str, value: float, minimum: float | None = None) -> float:
+    """A number, or NaN or infinity where there is none."""
+    number = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+    if isinstance(number, (float, np.floating)) and not math.isfinite(number) and (minimum is None or not number < 0):
+        return float(number)
+    return checks.number(name, value, minimum=minimum)
+
+
 def _check(samples: Tensor, name: str, clusters: Tensor | None) -> None:
+    checks.tensor(name, samples, kind="number")
     if samples.ndim != 1 or len(samples) == 0:
         raise ValueError(f"{name}: expected shape [N] with N ≥ 1, got {list(samples.shape)}")
-    if not torch.isfinite(samples).all():
-        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
-    if clusters is not None and clusters.shape != samples.shape:
-        raise ValueError(f"clusters: expected shape {list(samples.shape)}, got {list(clusters.shape)}")
+    checks.tensor(name, samples, finite=True)
+    if clusters is not None:
+        checks.tensor("clusters", clusters, samples.shape)
+        checks.tensor("clusters", clusters, kind="integer")

@@ -69,7 +69,8 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
     Raises:
         TypeError: an argument of the wrong type. ValueError: an unknown level, a preconditioner that does not fit the
             policy, temperatures that differ, rollouts that the policy cannot run, a policy without trainable
-            parameters, or a result that is not finite.
+            parameters, a model whose backward pass is not the derivative of its function, as where it detaches
+            something that moves (DoRA's norm), or a result that is not finite.
 
     Source: the notes, sections 2.1 and 2.7.
 

@@ -11,20 +11,20 @@ highest probability that any coupling allows (Gumbel noise shared by both polici
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from deltah import memory
+from deltah import checks, memory
 from deltah.entropy import UNITS
 from deltah.estimates import Estimate
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts, resample
 from deltah.scoring import TokenScores, batches, response_output, score
-from deltah.updates import Direction
+from deltah.updates import Direction, vector_of
 from deltah.vocabulary import tile_logits
 
 METHODS = ("importance", "coupled")
@@ -34,7 +34,7 @@ COLLAPSED = 0.5
 
 
 def measured_entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping[str, Tensor],
-                            learning_rates: Sequence[float], per: str = "token", method: str = "importance",
+                            learning_rates: Iterable[float], per: str = "token", method: str = "importance",
                             seed: int = 0, max_new_tokens: int | None = None,
                             batch_size: int | None = None) -> pd.DataFrame:
     """H(θ + ηv) − H(θ) for each learning rate η; the policy stays as it is.
@@ -42,8 +42,9 @@ def measured_entropy_change(policy: Policy, rollouts: Rollouts, direction: Direc
     Args:
         policy: the policy at θ.
         rollouts: N rollouts sampled from it without top-k or top-p, not those that made the direction.
-        direction: v = δθ/η, of `update_direction` or by parameter name; what it leaves out stays still.
-        learning_rates: η, each.
+        direction: v = δθ/η, of `update_direction` or by parameter name; what it leaves out stays still. A Direction
+            has to have been made at the policy's present parameters, a dict such as its `.vector` need not.
+        learning_rates: η ≥ 0, each; a list, an array or a column of a table.
         per: "sequence": of E[Σ_k H_k]. "token": of E[Σ_k H_k] / E[L]; its bias is of order 1/N.
         method: "importance" or "coupled".
         seed: of coupled sampling.
@@ -56,23 +57,24 @@ def measured_entropy_change(policy: Policy, rollouts: Rollouts, direction: Direc
         where importance weights no longer represent the shifted policy, and then change and its error are NaN.
 
     Raises:
-        ValueError: an argument out of range, or a direction that does not fit the policy.
+        TypeError: an argument of the wrong kind. ValueError: one out of range, or a direction that does not fit the
+            policy or was made at other parameters.
 
     Source: the notes, section 2.4, whose weights are those of whole responses.
 
     >>> measured_entropy_change(policy, rollouts, direction, [1e-4, 1e-3])   # doctest: +SKIP
     """
-    for name, value, allowed in (("per", per, UNITS), ("method", method, METHODS)):
-        if value not in allowed:
-            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-    rates = [float(rate) for rate in learning_rates]
-    if not rates or not all(0 <= rate < float("inf") for rate in rates):
-        raise ValueError(f"learning_rates: expected one or more finite numbers ≥ 0, got {learning_rates}")
-    steps = rollouts.response_mask.shape[1] if max_new_tokens is None else max_new_tokens
-    if steps < rollouts.response_mask.shape[1]:
-        raise ValueError(f"max_new_tokens: expected at least the rollouts' {rollouts.response_mask.shape[1]}, "
-                         f"got {max_new_tokens}")
-    v = direction.vector if isinstance(direction, Direction) else direction
+    checks.instance("policy", policy, Policy)
+    checks.instance("rollouts", rollouts, Rollouts)
+    checks.choice("per", per, UNITS)
+    checks.choice("method", method, METHODS)
+    rates, steps = _rates(learning_rates), rollouts.response_mask.shape[1]
+    if max_new_tokens is not None and checks.integer("max_new_tokens", max_new_tokens) < steps:
+        raise ValueError(f"max_new_tokens: expected at least the rollouts' {steps}, got {max_new_tokens}")
+    steps = steps if max_new_tokens is None else int(max_new_tokens)
+    seed = checks.integer("seed", seed)
+    batch_size = None if batch_size is None else checks.integer("batch_size", batch_size, minimum=1)
+    v = vector_of(policy, direction)
     rollouts, rows = rollouts.to(policy.device), []
     with torch.no_grad():
         before = score(policy, rollouts, batch_size=batch_size)
@@ -90,6 +92,22 @@ def measured_entropy_change(policy: Policy, rollouts: Rollouts, direction: Direc
                          "standard_error": float("nan") if collapsed else change.standard_error, "low": low,
                          "high": high, "effective_sample_size": size, "collapsed": collapsed})
     return pd.DataFrame(rows)
+
+
+def _rates(learning_rates: Iterable[float]) -> list[float]:
+    expected = "learning_rates: expected one or more finite numbers ≥ 0"
+    if isinstance(learning_rates, (str, bytes, Mapping)) or not isinstance(learning_rates, Iterable) or (
+            getattr(learning_rates, "ndim", 1) != 1):
+        raise TypeError(f"{expected} in a list, got {checks.shown(learning_rates)}")
+    rates = list(learning_rates)
+    if not rates:
+        raise ValueError(f"{expected}, got none")
+    for i, rate in enumerate(rates):
+        try:
+            rates[i] = checks.number(f"learning_rates[{i}]", rate, minimum=0)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{expected}, got {checks.shown(rate)} at {i}") from None
+    return rates
 
 
 def _reweighted(rollouts: Rollouts, before: TokenScores, after: TokenScores,

@@ -4,24 +4,25 @@ For every optimizer here one step moves a parameter, for a learning rate η and 
 
     δθ = η v,    v = −(P ∘ g + momentum + weight decay)
 
-where P, the preconditioner, already holds the new second moments. So v splits exactly: P ∘ g is a sum over the
-rollouts of the batch, `momentum` is what the optimizer remembers of earlier ones.
-
-    SGD       P = 1 − dampening (1 at the first step; with Nesterov 1 + μ(1 − dampening))
-    RMSprop   P = 1 / (√s + ε)
-    Adam(W)   P = (1 − β₁) / (1 − β₁ᵗ) / (√v̂ + ε)
+where P, the preconditioner, already holds the new second moments (`optimizers` has them). So v splits exactly: P ∘ g is
+a sum over the rollouts of the batch, `momentum` is what the optimizer remembers of earlier ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer, RMSprop
+from torch.optim import Optimizer
 
+from deltah import checks
+from deltah.fingerprints import fingerprint
 from deltah.objectives import Objective, find
+from deltah.objectives.clipping import check_inside
+from deltah.optimizers import rule_of, unwrapped
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import batches, score, weighted_gradient
@@ -39,7 +40,10 @@ class Direction:
             gradient included.
         learning_rate: the optimizer's η, of its first parameter group; others count relative to it.
         policy, rollouts: what it was made from.
-        versions: of the parameters, by which `per_rollout` knows whether they have changed since.
+        state: the fingerprint of all that the model holds, by which a direction knows whether that has changed since.
+
+    Raises:
+        TypeError, ValueError: a field of another kind, or parts that are not those of the vector.
     """
 
     vector: dict[str, Tensor]
@@ -50,7 +54,21 @@ class Direction:
     learning_rate: float
     policy: Policy
     rollouts: Rollouts
-    versions: dict[str, int]
+    state: dict[str, str]
+
+    def __post_init__(self) -> None:
+        for name in ("vector", "momentum", "weight_decay", "preconditioner"):
+            part = checks.instance(name, getattr(self, name), Mapping, "a dict of tensors by parameter name")
+            if part.keys() - self.vector.keys() or name != "preconditioner" and self.vector.keys() - part.keys():
+                raise ValueError(f"{name}: expected the parameters of the vector, got other names")
+            for key, x in part.items():
+                shape = None if name == "vector" else self.vector[key].shape
+                checks.tensor(f"{name}[{key!r}]", x, shape, kind="floating")
+        checks.instance("policy", self.policy, Policy)
+        checks.instance("rollouts", self.rollouts, Rollouts)
+        checks.tensor("token_weights", self.token_weights, self.rollouts.response_mask.shape, kind="floating")
+        checks.number("learning_rate", self.learning_rate, minimum=0)
+        checks.instance("state", self.state, Mapping, "the fingerprint of a model")
 
     @property
     def parts(self) -> dict[str, dict[str, Tensor]]:
@@ -62,16 +80,29 @@ class Direction:
         """Rollout `index`'s part of v, by parameter name; over all rollouts they sum to parts["rollouts"].
 
         Raises:
-            ValueError: the policy's parameters have changed since, or there is no such rollout.
+            TypeError: an index that is no integer. ValueError: the policy has changed since, or there is no such
+                rollout.
         """
+        index = checks.integer("index", index)
         if not 0 <= index < len(self.rollouts):
             raise ValueError(f"index: expected one of 0 to {len(self.rollouts) - 1}, got {index}")
-        if self.versions != _versions(self.policy):
-            raise ValueError("policy: its parameters have changed since this direction was made; make a new one")
+        self.check_made_at(state_of(self.policy))
+        self.policy.check(self.vector, "direction.vector")
         names, rows = list(self.preconditioner), torch.tensor([index])
         gradient = weighted_gradient(self.policy, self.rollouts, [rows], names, self.token_weights)
         return {name: torch.zeros_like(self.vector[name]) if g is None else self.preconditioner[name] * g
                 for name, g in gradient.items()}
+
+    def check_made_at(self, state: Mapping[str, str], otherwise: str = "") -> None:
+        """Raise ValueError unless a policy in this `state_of` it is as it was then, whoever wrote to it and however.
+
+        Parameters that do not train count as well, and so do buffers that are saved with them: the gradient depends on
+        all of them.
+        """
+        changed = [name for name in self.state | state if self.state.get(name) != state.get(name)]
+        if changed:
+            raise ValueError(f"policy: its parameters have changed since this direction was made, {changed[0]} among "
+                             f"{len(changed)}; make a new one{otherwise}")
 
     def __repr__(self) -> str:
         norms = {name: sum(float(x.double().square().sum()) for x in part.values()) ** 0.5
@@ -85,23 +116,28 @@ def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Object
     """v = δθ/η as `optimizer.step()` would move after this batch; changes neither the policy nor the optimizer.
 
     It starts from the optimizer's real state, takes in parameter groups, gradient clipping, frozen parameters and
-    parameters that the loss does not reach, and equals the real change up to the rounding of θ + δθ.
+    parameters that the loss does not reach, and equals the real change up to the rounding of θ + δθ. The gradient is
+    that of the model's backward pass, as for a trainer, also where that is not the derivative of its function.
 
     Args:
         policy: the policy whose parameters `optimizer` holds.
         rollouts: N rollouts with advantages, or with rewards that the objective makes advantages of.
         objective: "grpo", "dr_grpo", "gspo" or an `objectives.Objective`.
-        optimizer: a torch.optim SGD, RMSprop, Adam or AdamW.
+        optimizer: a torch.optim SGD, RMSprop, Adam or AdamW, or a subclass with the same step; one that Accelerate has
+            wrapped counts as what it wraps. A scheduler may be attached: η is as it stands. Hooks before its step are
+            refused, as they may change what it does; those after it are not foreseen: v is the step without them.
         old_log_probs: [N, T] in nats, under the policy that sampled; None: this policy did.
-        max_gradient_norm: what the trainer passes to `torch.nn.utils.clip_grad_norm_`; None: nothing is clipped.
+        max_gradient_norm: > 0, what the trainer passes to `torch.nn.utils.clip_grad_norm_`; None: nothing is clipped.
         batch_size: rollouts at a time; None: as many as suit the device. Does not change the result.
 
     Returns:
         A Direction; float32 for bfloat16 parameters, else in their own dtype.
 
     Raises:
-        TypeError: another optimizer. ValueError: one that holds parameters of something else, a learning rate of
-            zero beside others, rollouts without advantages and rewards, or an unknown objective.
+        TypeError: another optimizer, or one with a step of its own, or an argument of the wrong kind. ValueError: an
+            optimizer that holds parameters of something else, a learning rate of zero beside others, rollouts without
+            advantages and rewards, an unknown objective, a number that is NaN, infinite or out of range, or a gradient
+            that is not finite.
 
     Source: the notes, sections 2.4, 2.5 and 2.7; the update rules are those of torch.optim.
 
@@ -109,16 +145,23 @@ def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Object
     >>> update_direction(policy, rollouts, "dr_grpo", optimizer=optimizer)             # doctest: +SKIP
     Direction(|v| = 919, |rollouts| = 919, |momentum| = 0, |weight_decay| = 0.62)
     """
-    rule = _rule(optimizer)
-    groups = _groups(policy, optimizer)
-    rollouts = rollouts.to(policy.device)
-    weights = _token_weights(policy, rollouts, find(objective), old_log_probs, batch_size)
+    checks.instance("policy", policy, Policy)
+    checks.instance("rollouts", rollouts, Rollouts)
+    objective, optimizer = find(objective), unwrapped(optimizer)
+    rule, groups = rule_of(optimizer), _groups(policy, optimizer)
+    limit = None if max_gradient_norm is None else checks.number("max_gradient_norm", max_gradient_norm, above=0)
+    batch_size = None if batch_size is None else checks.integer("batch_size", batch_size, minimum=1)
+    made_at, rollouts = state_of(policy), rollouts.to(policy.device)
+    weights = _token_weights(policy, rollouts, objective, old_log_probs, batch_size)
     # The norm that clips is that of all trainable parameters, whether the optimizer holds them or not.
-    names = list(groups if max_gradient_norm is None else policy.parameters)
+    names = list(groups if limit is None else policy.parameters)
     gradient = weighted_gradient(policy, rollouts, batches(policy, rollouts, batch_size), names, weights)
-    if max_gradient_norm is not None:
+    for name, g in gradient.items():
+        if g is not None and not torch.isfinite(g).all():
+            raise ValueError(f"policy, rollouts: the gradient of {name} is NaN or infinite")
+    if limit is not None:
         norm = sum(g.double().square().sum() for g in gradient.values() if g is not None) ** 0.5
-        clip = min(1.0, float(max_gradient_norm / (norm + 1e-6)))
+        clip = min(1.0, float(limit / (norm + 1e-6)))
         weights, gradient = clip * weights, {n: g if g is None else clip * g for n, g in gradient.items()}
 
     parameters, base = policy.parameters, float(optimizer.param_groups[0]["lr"])
@@ -140,66 +183,41 @@ def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Object
             momentum[name] = _filled(-scale * terms.momentum, p)
             weight_decay[name] = _filled(-scale * terms.weight_decay, p)
             vector[name] = preconditioner[name] * g + momentum[name] + weight_decay[name]
-    return Direction(vector, momentum, weight_decay, preconditioner, weights, base, policy, rollouts, _versions(policy))
+    return Direction(vector, momentum, weight_decay, preconditioner, weights, base, policy, rollouts, made_at)
 
 
-class _Terms(NamedTuple):
-    """Of v = −(preconditioner ∘ g + momentum + weight_decay) for one parameter; a number where all are equal."""
-
-    preconditioner: Tensor | float
-    momentum: Tensor | float
-    weight_decay: Tensor | float
-
-
-def _sgd(group: dict[str, Any], state: dict[str, Any], p: Tensor, g: Tensor) -> _Terms:
-    momentum, memory = group["momentum"], state.get("momentum_buffer")
-    # The first gradient enters the buffer undampened.
-    fresh, kept = (1.0, 0.0) if memory is None else (1 - group["dampening"], momentum * memory)
-    if group["nesterov"]:
-        fresh, kept = 1 + momentum * fresh, momentum * kept
-    return _Terms(fresh, kept, fresh * _decay(group, p))
+def state_of(policy: Policy) -> dict[str, str]:
+    """The fingerprint of what the policy's model computes with: parameters, and buffers that are saved with them."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, x in policy.model.state_dict(keep_vars=True).items():
+        if isinstance(x, Tensor):
+            # Tied ones stand there twice.
+            found.setdefault(id(x), (name, x))
+    return fingerprint(dict(found.values()))
 
 
-def _rmsprop(group: dict[str, Any], state: dict[str, Any], p: Tensor, g: Tensor) -> _Terms:
-    alpha, decay = group["alpha"], _decay(group, p)
-    squares = alpha * state.get("square_avg", 0.0) + (1 - alpha) * (g + decay).square()
-    if group["centered"]:
-        squares = squares - (alpha * state.get("grad_avg", 0.0) + (1 - alpha) * (g + decay)).square()
-    scale = 1 / (squares.sqrt() + group["eps"])
-    kept = group["momentum"] * state["momentum_buffer"] if "momentum_buffer" in state else 0.0
-    return _Terms(scale, kept, scale * decay if group["weight_decay"] else 0.0)
+def vector_of(policy: Policy, direction: Direction | Mapping[str, Tensor],
+              state: Mapping[str, str] | None = None) -> Mapping[str, Tensor]:
+    """v by parameter name: a mapping as it is, and that of a Direction if the policy is still what it was made at.
 
+    Args:
+        policy, direction: as for `entropy_change`.
+        state: `state_of` the policy, where that is known.
 
-def _adam(group: dict[str, Any], state: dict[str, Any], p: Tensor, g: Tensor) -> _Terms:
-    beta1, beta2 = (float(beta) for beta in group["betas"])
-    step = float(state.get("step", 0)) + 1
-    decay = _decay(group, p)
-    coupled = group["weight_decay"] and not group.get("decoupled_weight_decay", False)
-    squares = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * (g + decay if coupled else g).square()
-    if group["amsgrad"] and "max_exp_avg_sq" in state:
-        squares = torch.maximum(squares, state["max_exp_avg_sq"])
-    root = (squares / (1 - beta2**step)).sqrt() + group["eps"]
-    scale = (1 - beta1) / (1 - beta1**step) / root
-    kept = beta1 / (1 - beta1**step) / root * state["exp_avg"] if "exp_avg" in state else 0.0
-    return _Terms(scale, kept, scale * decay if coupled else decay)
-
-
-def _filled(value: Tensor | float, p: Tensor) -> Tensor:
-    """A tensor of the shape of `p`; a number becomes one that takes no memory."""
-    if isinstance(value, Tensor):
-        return value
-    return torch.full((), value, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device).expand(p.shape)
-
-
-def _decay(group: dict[str, Any], p: Tensor) -> Tensor | float:
-    return group["weight_decay"] * p if group["weight_decay"] else 0.0
-
-
-def _rule(optimizer: Optimizer):
-    for kind, rule in ((SGD, _sgd), (RMSprop, _rmsprop), (Adam, _adam)):
-        if isinstance(optimizer, kind):
-            return rule
-    raise TypeError(f"optimizer: expected a torch.optim SGD, RMSprop, Adam or AdamW, got {type(optimizer).__name__}")
+    Raises:
+        TypeError: neither of them. ValueError: a Direction made at other parameters, or parts that no trainable
+            parameter of the policy has.
+    """
+    if isinstance(direction, Direction):
+        state = state_of(policy) if state is None else state
+        direction.check_made_at(state, ", or pass its .vector where you mean it all the same")
+        vector = direction.vector
+    else:
+        vector = checks.instance("direction", direction, Mapping, "a Direction or a dict of tensors by parameter name")
+        for name, x in vector.items():
+            checks.tensor(f"direction[{name!r}]", x, kind="floating")
+    policy.check(vector)
+    return vector
 
 
 def _groups(policy: Policy, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
@@ -209,7 +227,16 @@ def _groups(policy: Policy, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     if len(groups) < len(held) or not groups:
         raise ValueError(f"optimizer: expected it to hold parameters of the policy; of {len(held)} trainable ones that "
                          f"it holds, {len(groups)} are the policy's")
+    for i, group in enumerate(optimizer.param_groups):
+        checks.number(f"optimizer.param_groups[{i}]['lr']", float(group["lr"]), minimum=0)
     return groups
+
+
+def _filled(value: Tensor | float, p: Tensor) -> Tensor:
+    """A tensor of the shape of `p`; a number becomes one that takes no memory."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device).expand(p.shape)
 
 
 def _relative(rate: float, base: float) -> float:
@@ -224,6 +251,8 @@ def _relative(rate: float, base: float) -> float:
 def _token_weights(policy: Policy, rollouts: Rollouts, objective: Objective, old_log_probs: Tensor | None,
                    batch_size: int | None) -> Tensor:
     """−∂loss/∂log π of every token, [N, T]."""
+    if old_log_probs is not None:
+        check_old(old_log_probs, rollouts)
     with torch.no_grad():
         log_probs = score(policy, rollouts, batch_size=batch_size).log_probs
     old = log_probs if old_log_probs is None else old_log_probs.to(log_probs)
@@ -233,6 +262,7 @@ def _token_weights(policy: Policy, rollouts: Rollouts, objective: Objective, old
     return torch.where(rollouts.response_mask, -slope, 0.0)
 
 
-def _versions(policy: Policy) -> dict[str, int]:
-    """Counts that change with every write to a parameter."""
-    return {name: p._version for name, p in policy.parameters.items()}
+def check_old(old_log_probs: Tensor, rollouts: Rollouts) -> None:
+    """Raise TypeError or ValueError where these are not log-probs of the rollouts' tokens."""
+    checks.tensor("old_log_probs", old_log_probs)
+    check_inside("old_log_probs", old_log_probs, rollouts.response_mask.to(old_log_probs.device))
