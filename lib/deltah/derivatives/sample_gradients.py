@@ -113,7 +113,7 @@ def _one_by_one(policy: Policy, rollouts: Rollouts, names: Sequence[str]) -> Ite
     parameters, rows = [policy.parameters[name] for name in names], []
     with torch.enable_grad():
         for i in range(len(rollouts)):
-            total = score(policy, rollouts.select(slice(i, i + 1))).log_probs.sum()
+            total = score(policy, rollouts.select(slice(i, i + 1)), batch_size=1).log_probs.sum()
             rows.append(torch.autograd.grad(total, parameters, materialize_grads=True))
     for name, p, gradients in zip(names, parameters, zip(*rows, strict=True), strict=True):
         shape = matrix_shape(p)
