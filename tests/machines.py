@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = [("OMP_NUM_THREADS", "1"), ("OMP_NUM_THREADS", "2"), ("OMP_NUM_THREADS", "4"),
             ("ATEN_CPU_CAPABILITY", "default"), ("ATEN_CPU_CAPABILITY", "avx2"), ("MKL_CBWR", "COMPATIBLE")]
 # These compare words, files and messages only.
-NO_ARITHMETIC = ("benchmarks", "checks", "comparison", "ledger", "machines", "makefile", "project", "runner")
+NO_ARITHMETIC = ("benchmarks", "checks", "comparison", "figures", "ledger", "machines", "makefile", "project", "runner")
 
 
 def main(command: list[str], root: Path = ROOT) -> int:

@@ -71,7 +71,10 @@ def claim(number):
 
 
 def test_a_failure_is_shown_and_marked_and_the_others_go_on(project):
-    """A failed chapter, a killed kernel, a killed worker process: each costs its own chapter, its page and claims."""
+    """A failed chapter, a killed kernel, a killed worker process: each costs its own chapter, its page and claims.
+
+    Takes half a minute: four runs of the runner, and nine kernels.
+    """
     for number in ("01", "02", "03", "04"):
         project.chapter(f"{number}_chapter", claim(number))
     assert project.run()[0] == 0
@@ -103,6 +106,7 @@ def test_a_failure_is_shown_and_marked_and_the_others_go_on(project):
 
 @pytest.mark.parametrize("kind, expected", [(signal.SIGINT, "interrupted"), (signal.SIGKILL, "not finished")])
 def test_an_interrupted_chapter_is_marked(project, kind, expected):
+    """By the runner where it can, else by what it noted before. Takes seconds: two runs of the runner."""
     project.chapter("01_chapter", claim("01"))
     assert project.run()[0] == 0
     started = project.root / "started"
@@ -177,7 +181,10 @@ def test_what_cannot_be_used_ends_the_run_with_one_line(project, arguments, mess
 
 
 def test_what_can_be_used_arrives(project, tmp_path):
-    """Relative paths are the caller's; a file named like a device or a type is no device; numbers are numbers."""
+    """Relative paths are the caller's; a file named like a device is no device; numbers are numbers.
+
+    Takes seconds, as `make run` with a model of one's own does: it loads the libraries to look at what was given.
+    """
     project.chapter("01_chapter", 'if x > 9: dh.load_problems(problems, "train")\n'
                                   'print(model, problems, device, x + 1)')
     (tmp_path / "cpu").write_text("")
