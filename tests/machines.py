@@ -57,7 +57,7 @@ def run(command: list[str], root: Path, setting: dict[str, str], log: Path) -> t
                                 stderr=subprocess.STDOUT).returncode
     closing = re.findall(r"^=* ?(\d+ (?:passed|failed|error).*?) in [\d.]+s", log.read_text(), re.M)
     counts = closing[-1] if closing else f"no closing line, exit status {status}"
-    return f"{counts}, {time.monotonic() - started:.0f} s", status == 0
+    return f"{counts}, {time.monotonic() - started:.0f} s", status == 0 and bool(closing)
 
 
 def passed_before(log: Path, mark: str) -> str | None:
