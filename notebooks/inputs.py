@@ -80,6 +80,7 @@ def read_parameters(notebooks: Path, profile: str, chapter: Path, changes: dict[
 
 def check(chapters: Sequence[Path], parameters: Sequence[dict[str, Any]]) -> None:
     """End the run unless the models, problems and devices that were given can be used, without loading any weights."""
+    # Problems have to hold what these chapters read of them.
     splits = sorted({split for chapter in chapters
                      for split in re.findall(r'load_problems\(problems, "(\w+)"\)', chapter.read_text())})
     for name, test in (("device", _check_device), ("model", _check_model), ("problems", _check_problems)):

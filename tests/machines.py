@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = [("OMP_NUM_THREADS", "1"), ("OMP_NUM_THREADS", "2"), ("OMP_NUM_THREADS", "4"),
             ("ATEN_CPU_CAPABILITY", "default"), ("ATEN_CPU_CAPABILITY", "avx2"), ("MKL_CBWR", "COMPATIBLE")]
 # These compare words, files and messages only.
-NO_ARITHMETIC = ("benchmarks", "checks", "comparison", "ledger", "machines", "makefile", "project", "runner")
+NO_ARITHMETIC = ("benchmarks", "checks", "comparison", "figures", "ledger", "machines", "makefile", "project", "runner")
 
 
 def main(command: list[str], root: Path = ROOT) -> int:
@@ -57,7 +57,7 @@ def run(command: list[str], root: Path, setting: dict[str, str], log: Path) -> t
                                 stderr=subprocess.STDOUT).returncode
     closing = re.findall(r"^=* ?(\d+ (?:passed|failed|error).*?) in [\d.]+s", log.read_text(), re.M)
     counts = closing[-1] if closing else f"no closing line, exit status {status}"
-    return f"{counts}, {time.monotonic() - started:.0f} s", status == 0
+    return f"{counts}, {time.monotonic() - started:.0f} s", status == 0 and bool(closing)
 
 
 def passed_before(log: Path, mark: str) -> str | None:

@@ -75,7 +75,10 @@ def test_pages_say_what_falls_short_and_what_is_absent(benchmark, toy, tmp_path)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_peak_memory_is_that_of_the_side_alone(benchmark):
-    """The bare product makes logits of 40 MB here, in buffers of some MB; its inputs, of 41 MB, are held before."""
+    """The bare product makes logits of 40 MB here, in buffers of some MB; its inputs, of 41 MB, are held before.
+
+    Takes seconds: a process of its own, which imports all libraries.
+    """
     side_by_side, scoring = benchmark("side_by_side"), benchmark("scoring")
     case = benchmark("cases").Case(rollouts=4, prompt=0, response=100, width=400, layers=0, vocabulary=25_000)
     measured = side_by_side.Measurement(case, {scoring.PRODUCT: [1.0]}, {})

@@ -153,15 +153,22 @@ def test_each_decimal_of_the_stored_outputs_is_held_to_its_last_digit(notebook):
 def write_notebook(path, *cells):
     """A notebook of (source, stored text, tags)."""
     code = [nbformat.v4.new_code_cell(source, metadata={"tags": tags}, execution_count=number, outputs=[
-        nbformat.v4.new_output("stream", name="stdout", text=text)])
+        nbformat.v4.new_output("stream", name="stdout", text=text)] if text else [])
         for number, (source, text, tags) in enumerate(cells, 1)]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nbformat.write(nbformat.v4.new_notebook(cells=code, metadata={"kernelspec": kernel}), path)
 
 
+def through_nbval(folder, *arguments):
+    """What pytest prints of the notebooks in a folder, with the project's own conftest."""
+    shutil.copy(ROOT / "conftest.py", folder)
+    return subprocess.run([sys.executable, "-m", "pytest", "--nbval", "--color=no", "-p", "no:cacheprovider", "-v",
+                           *arguments, folder], capture_output=True, text=True, cwd=folder,
+                          env={**os.environ, "PYTHONPATH": str(ROOT / "lib")}).stdout
+
+
 def test_a_notebook_through_nbval(tmp_path):
-    """End to end, with the project's own conftest: what passes, what fails, and what the failure shows."""
-    shutil.copy(ROOT / "conftest.py", tmp_path)
+    """What passes, what fails, and what the failure shows. Takes seconds: a kernel and a pytest of its own."""
     write_notebook(tmp_path / "small.ipynb",
                    ("print('slope  0.51 ± 0.02')", "slope 0.50 ± 0.02\n", []),
                    ("print(1.3)", "1.0\n", ["tolerance=0.25"]),
@@ -169,15 +176,25 @@ def test_a_notebook_through_nbval(tmp_path):
                    ("print('refuted')", "holds\n", ["tolerance=abs:5"]),
                    ("print(1.0)", "1.0\n", ["tolerance=5%"]),
                    ("pass", "1.0\n", []))
-    done = subprocess.run([sys.executable, "-m", "pytest", "--nbval", "--color=no", "-p", "no:cacheprovider", "-v",
-                           tmp_path], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(ROOT / "lib")})
-    outcomes = re.findall(r"Cell \d (PASSED|FAILED)", done.stdout)
-    assert outcomes == ["PASSED", "PASSED", "FAILED", "FAILED", "FAILED", "FAILED"], done.stdout
-    assert "stdout: stored '1.0', now '1.3', at the start" in done.stdout
-    assert "stdout: stored 'holds', now 'refuted', at the start" in done.stdout
-    assert "tags: expected one tolerance=SHARE" in done.stdout
-    assert "Missing output fields from running code: {'stdout'}" in done.stdout
+    shown = through_nbval(tmp_path)
+    assert re.findall(r"Cell \d (PASSED|FAILED)", shown) == ["PASSED"] * 2 + ["FAILED"] * 4, shown
+    assert "stdout: stored '1.0', now '1.3', at the start" in shown
+    assert "stdout: stored 'holds', now 'refuted', at the start" in shown
+    assert "tags: expected one tolerance=SHARE" in shown
+    assert "Missing output fields from running code: {'stdout'}" in shown
+
+
+def test_each_notebook_keeps_to_one_kernel_of_one_worker(tmp_path):
+    """With the arguments of `make test`. Takes seconds: two workers, and a kernel for each notebook."""
+    cells = [("x = 1", "", []), *[("x += 1; print(x)", f"{x}\n", []) for x in range(2, 8)]]
+    for name in ("one", "two", "three"):
+        write_notebook(tmp_path / f"{name}.ipynb", *cells)
+    recipe = (ROOT / "Makefile").read_text()
+    arguments = re.search(r"^PYTEST := .* --nbval (.*)$", recipe, re.M)[1].split()
+    shown = through_nbval(tmp_path, *arguments)
+    assert "21 passed" in shown.splitlines()[-1], shown
+    workers = {name: set(re.findall(rf"\[(gw\d)\].*{name}::ipynb", shown)) for name in ("one", "two", "three")}
+    assert all(len(found) == 1 for found in workers.values()) and len(set.union(*workers.values())) == 2, shown
 
 
 def test_a_tolerance_survives_the_pairing_with_a_script():

@@ -95,6 +95,7 @@ def test_order_two_is_right_through_a_fused_layer_norm():
 
 @pytest.mark.parametrize("per", ["sequence", "token"])
 def test_fitted_baselines_agree_with_the_others_and_lower_the_variance(shipped, problems, per):
+    """Takes long: three derivatives of the real policy, over as many prompts as the ratio of two variances needs."""
     update = dh.sample(shipped, problems.select(range(1000, 1024)), 8, seed=1)
     evaluation = dh.sample(shipped, problems.select(range(640)), 1, seed=2)
     optimizer = torch.optim.SGD(shipped.parameters.values(), lr=0.1)
@@ -112,6 +113,7 @@ def test_fitted_baselines_agree_with_the_others_and_lower_the_variance(shipped, 
 @pytest.mark.parametrize("order, baseline", [(1, "regression"), (1, "running_mean"), (2, "entropy"), (2, "regression")])
 @pytest.mark.parametrize("per", ["sequence", "token"])
 def test_intervals_cover_the_exact_derivative(order, baseline, per, monkeypatch):
+    """Takes long where a baseline is fitted, once for each of 400 replicates: what sees 95% to within two points."""
     policy = dh.exact.tiny_policy(4, eos_token_id=3, seed=1)
     every, v = dh.exact.every_response(policy, PROMPTS, 4, temperature=0.7), random_direction(policy, 3)
     with torch.no_grad():

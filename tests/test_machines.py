@@ -51,9 +51,10 @@ def test_every_setting_runs_once_until_it_passes(root, capsys):
     assert run()[2] == settings
 
 
-def test_what_has_no_closing_line_fails(root, capsys):
-    assert machines.main([sys.executable, "-c", "raise SystemExit(3)"], root) == 1
-    assert "FAILED: no closing line, exit status 3" in capsys.readouterr().out
+@pytest.mark.parametrize("status", [0, 3])
+def test_what_has_no_closing_line_fails(root, capsys, status):
+    assert machines.main([sys.executable, "-c", f"raise SystemExit({status})"], root) == 1
+    assert f"FAILED: no closing line, exit status {status}" in capsys.readouterr().out
 
 
 def test_the_tests_left_out_exist():

@@ -37,6 +37,7 @@ def exact_change(policy, every, v, rate, per):
 @pytest.mark.parametrize("per", ["sequence", "token"])
 @pytest.mark.parametrize("method, rates", [("importance", [1e-3, 1e-2, 3e-2]), ("coupled", [1e-2, 0.1])])
 def test_intervals_cover_the_exact_change(enumerated, per, method, rates):
+    """Takes long: 150 measurements, each from 400 rollouts of its own; fewer could not tell 95% from 90%."""
     policy, every, v, weights = enumerated
     generator, tables = torch.Generator().manual_seed(0), []
     for replicate in range(150):

@@ -96,6 +96,7 @@ def test_profiles_set_only_parameters_that_the_chapter_has(script):
 
 
 def test_the_policy_is_small_and_as_its_card_says(shipped, problems):
+    """Takes long: 2,048 rollouts, as the card itself was measured."""
     assert (ROOT / "data" / "policy" / "model.safetensors").stat().st_size <= 6_000_000
     assert shipped.model.config.model_type == "qwen2"
     rollouts = dh.sample(shipped, problems.select(range(256)), responses_per_prompt=8, max_new_tokens=80)
