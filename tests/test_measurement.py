@@ -8,7 +8,7 @@ import torch
 import deltah as dh
 from conftest import build_model, random_rollouts
 from deltah import measurement
-from deltah.rollouts import resample
+from deltah.sampling import resample
 
 PROMPTS = [[0], [1, 2, 0], [2, 2]]
 

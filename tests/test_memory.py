@@ -12,7 +12,7 @@ import deltah as dh
 from conftest import CONFIGS, MORE, build_model, random_rollouts
 from deltah import memory
 from deltah.derivatives import sample_gradients, taylor
-from deltah.rollouts import resample
+from deltah.sampling import resample
 from deltah.scoring import batches
 
 V = 37

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import deltah as dh
 from conftest import build_model, random_rollouts
-from deltah.modes import evaluation, forward_mode
+from deltah.models.modes import evaluation, forward_mode
 
 V = 23
 

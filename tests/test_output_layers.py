@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 import deltah as dh
 from conftest import SMALL, build_model, random_rollouts
-from deltah.output_layers import Probe
+from deltah.models.output_layers import Probe
 
 V = 50
 ROLLOUTS = random_rollouts(V, 6, 4, 5)

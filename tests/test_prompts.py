@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 import deltah as dh
-from deltah.prompts import as_messages
+from deltah.models.prompts import as_messages
 
 # In the manner of the templates that people use: special tokens written out, roles in order, one key asked for.
 TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' and loop.previtem is defined and

@@ -176,7 +176,7 @@ def test_math_ends_what_never_would_and_goes_on():
 def test_math_without_its_package_says_how_to_get_it(monkeypatch, shipped):
     monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
     data = Dataset.from_dict({"prompt": ["1+1?"], "answer": ["2"]})
-    monkeypatch.setattr("deltah.rollouts._sample_batch", lambda *_: pytest.fail("sampled before the reward was found"))
+    monkeypatch.setattr("deltah.sampling._sample_batch", lambda *_: pytest.fail("sampled before the reward was found"))
     with pytest.raises(ImportError, match="reward: 'math' needs the package math-verify; pip install math-verify"):
         dh.sample(shipped, data, reward="math")
 
@@ -267,7 +267,7 @@ def test_a_reward_that_is_no_function_is_named(shipped, asked, reward, error):
     ([True, False], TypeError, r"rows\[0\]\['answer'\]: expected text or a number, got True"),
 ])
 def test_answers_are_read_before_the_first_token_is_sampled(shipped, monkeypatch, answers, error, message):
-    monkeypatch.setattr("deltah.rollouts._sample_batch", lambda *_: pytest.fail("sampled before the answers were read"))
+    monkeypatch.setattr("deltah.sampling._sample_batch", lambda *_: pytest.fail("sampled before the answers were read"))
     with pytest.raises(error, match=message):
         dh.sample(shipped, Dataset.from_dict({"prompt": ["a", "b"], "answer": answers}))
 

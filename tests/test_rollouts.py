@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 import deltah as dh
 from conftest import CONFIGS, MORE, build_model
-from deltah.models import accepts
-from deltah.rollouts import _draw, check_rollouts, resample
+from deltah.models.causal_lm import accepts
+from deltah.rollouts import check_rollouts
+from deltah.sampling import _draw, resample
 
 PROMPTS = ["Ava has 3 eggs.", "Ben has 12 coins. Ben sells 4. How many coins does Ben have?\n", "2"]
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 import deltah as dh
 from conftest import CONFIGS, SMALL, build_model
-from deltah.modes import evaluation
+from deltah.models.modes import evaluation
 from deltah.scoring import log_probs_and_entropies
 
 PROMPTS = ["Ava has 3 eggs.", "Ben has 12 coins. Ben sells 4. How many coins does Ben have?\n", "2"]

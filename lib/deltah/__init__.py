@@ -12,7 +12,8 @@ from deltah.measurement import measured_entropy_change
 from deltah.policies import Policy, load_policy
 from deltah.problems import load_problems
 from deltah.rewards import extract_answer, score_answers
-from deltah.rollouts import Rollouts, sample
+from deltah.rollouts import Rollouts
+from deltah.sampling import sample
 from deltah.scoring import TokenScores, log_probs_and_entropies, score
 from deltah.statistics import TwoSampleProduct, UStatistic, two_sample_product, u_statistic
 from deltah.updates import Direction, update_direction

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from deltah import checks
 from deltah.estimates import Estimate
-from deltah.modes import WrittenOut
+from deltah.models.modes import WrittenOut
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import TokenScores

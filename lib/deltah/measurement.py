@@ -22,7 +22,8 @@ from deltah import checks, memory
 from deltah.entropy import UNITS
 from deltah.estimates import Estimate
 from deltah.policies import Policy
-from deltah.rollouts import Rollouts, resample
+from deltah.rollouts import Rollouts
+from deltah.sampling import resample
 from deltah.scoring import TokenScores, batches, response_output, score
 from deltah.updates import Direction, vector_of
 from deltah.vocabulary import tile_logits

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltah import checks
-from deltah.models import accepts, check_causal_lm, eos_token_ids, unwrapped
-from deltah.modes import evaluation, forward_mode, held
-from deltah.output_layers import OutputLayer, linear_output, watched_output
-from deltah.prompts import Prompt, encode
+from deltah.models.causal_lm import accepts, check_causal_lm, eos_token_ids, unwrapped
+from deltah.models.modes import evaluation, forward_mode, held
+from deltah.models.output_layers import OutputLayer, linear_output, watched_output
+from deltah.models.prompts import Prompt, encode
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, get_dataset_config_names, load_dataset
 
 from deltah import checks
-from deltah.prompts import Prompt, as_messages, check_messages
+from deltah.models.prompts import Prompt, as_messages, check_messages
 from deltah.rewards import ANSWER_MARK, answer_text, final_answer, normalise_answer
 
 # Of the last, the assistant's message at the end is the answer.

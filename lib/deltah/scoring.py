@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deltah import checks, memory
-from deltah.modes import evaluation
-from deltah.output_layers import OutputLayer
+from deltah.models.modes import evaluation
+from deltah.models.output_layers import OutputLayer
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts, check_rollouts
 from deltah.vocabulary import linear_log_probs_and_entropies

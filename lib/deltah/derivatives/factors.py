@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deltah.output_layers import OutputLayer
+from deltah.models.output_layers import OutputLayer
 from deltah.rollouts import Rollouts
 from deltah.vocabulary import LogProbsAndEntropies, add_product, tile_logits
 

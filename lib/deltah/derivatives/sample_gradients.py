@@ -30,8 +30,8 @@ from deltah.derivatives.jets import Refused
 from deltah.derivatives.rows import Rows
 from deltah.derivatives.taylor import DETACHES, derivatives_along
 from deltah.derivatives.uses import CASTS, RULES, TRANSPOSES, is_index
-from deltah.modes import eager_experts
-from deltah.output_layers import OutputLayer
+from deltah.models.modes import eager_experts
+from deltah.models.output_layers import OutputLayer
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import log_probs_and_entropies, response_output, score, score_batch

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltah import checks
-from deltah.modes import evaluation
-from deltah.output_layers import watched_output
+from deltah.models.modes import evaluation
+from deltah.models.output_layers import watched_output
 
 # Sequences, and tokens of each, that a model is tried with.
 ROWS, LENGTH = 4, 4

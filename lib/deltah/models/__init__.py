@@ -1,0 +1,1 @@
+"""How any transformers model is run; for policies, and for the rooms that run one."""
