@@ -66,6 +66,7 @@ WRONG = {
     "choice": ["abc", [1], {}, 1.5, 17, ESTIMATE, object(), True],
     "boolean": ["abc", [1], {}, 1.5, ESTIMATE, 2],
     "floating": ["abc", [1.0], {}, 1.5, ESTIMATE, np.ones(3), torch.ones(3, 5, 7), torch.ones(N, T) * 1j],
+    "any_shape": ["abc", [1.0], {}, 1.5, ESTIMATE, np.ones(3), torch.ones(N, T) * 1j],
     "integers": ["abc", [1.0], {}, 1.5, ESTIMATE, torch.ones(3, 5, 7), torch.rand(N)],
     "mask": ["abc", [1.0], {}, 1.5, ESTIMATE, torch.ones(3, 5, 7), torch.rand(N, T)],
     "text": [[1], {}, 1.5, ESTIMATE, 3, b"x"],
@@ -73,7 +74,7 @@ WRONG = {
     "texts": ["abc", 1.5, 3, ESTIMATE, [1, 2], [None]],
     "function": ["abc", [1], {}, 1.5, ESTIMATE, 3],
     "estimate": ["abc", [1], {}, 1.5, 3, torch.ones(2), object()],
-    "rates": ["abc", {}, ESTIMATE, ["a"], [], [NAN], [-1.0], None],
+    "rates": ["abc", {}, ESTIMATE, ["a"], [], [NAN], [-1.0]],
 }
 
 
@@ -85,7 +86,7 @@ class Of:
 
     @property
     def wrong(self):
-        return [*WRONG[self.kind], *([] if self.optional or None in WRONG[self.kind] else [None])]
+        return [*WRONG[self.kind], *([] if self.optional else [None])]
 
 
 POLICY, ROLLOUTS, SCORES = Of("policy", policy), Of("rollouts", rollouts), Of("scores", scores)
@@ -99,10 +100,10 @@ CLIPS = dict(clip_low=Of("number", 0.2), clip_high=Of("number", 0.2))
 
 CALLS = {
     dh.score: dict(policy=POLICY, rollouts=ROLLOUTS, parameters=Of("by_name", None, optional=True), batch_size=BATCH),
-    dh.log_probs_and_entropies: dict(logits=Of("floating", lambda: torch.randn(N, V)),
+    dh.log_probs_and_entropies: dict(logits=Of("any_shape", lambda: torch.randn(N, V)),
                                      targets=Of("integers", lambda: torch.zeros(N, dtype=torch.long))),
     dh.linear_log_probs_and_entropies: dict(
-        hidden=Of("floating", lambda: torch.randn(N, 2)), weight=Of("floating", lambda: torch.randn(V, 2)),
+        hidden=Of("any_shape", lambda: torch.randn(N, 2)), weight=Of("floating", lambda: torch.randn(V, 2)),
         targets=Of("integers", lambda: torch.zeros(N, dtype=torch.long)), temperature=Of("number", 1.0),
         bias=Of("floating", None, optional=True), scale=Of("any_number", 1.0),
         soft_cap=Of("number", None, optional=True)),
@@ -110,7 +111,7 @@ CALLS = {
     dh.control_variate: dict(target=X, variates=Of("floating", lambda: torch.randn(N, 1)),
                              clusters=Of("integers", lambda: torch.arange(N)),
                              denominators=Of("floating", None, optional=True)),
-    dh.truncated_entropy: dict(logits=Of("floating", lambda: torch.randn(N, V)), top_k=Of("integer", 2),
+    dh.truncated_entropy: dict(logits=Of("any_shape", lambda: torch.randn(N, V)), top_k=Of("integer", 2),
                                top_p=Of("number", None, optional=True), temperature=Of("number", 1.0)),
     dh.variance_decomposition: dict(scores=SCORES, rollouts=ROLLOUTS, weights=Of("floating", None, optional=True)),
     dh.u_statistic: dict(products=Of("floating", lambda: torch.randn(5, 5))),
@@ -174,15 +175,15 @@ CASES = [(function, name) for function, arguments in CALLS.items() for name in a
 @pytest.mark.parametrize("function, name", CASES, ids=lambda x: getattr(x, "__qualname__", x))
 def test_each_wrong_argument_is_named(function, name):
     arguments = CALLS[function]
-    before = state()
     for wrong in arguments[name].wrong:
         given = {other: of.make() for other, of in arguments.items()} | {name: wrong}
+        before = state()
         with pytest.raises((TypeError, ValueError)) as caught:
             function(**given)
         assert type(caught.value) in (TypeError, ValueError), f"{wrong!r}: {caught.value!r}"
         assert str(caught.value).startswith(name), f"{wrong!r}: {caught.value!r}"
         assert len(str(caught.value)) < 500
-    assert state() == before
+        assert state() == before
 
 
 def state():
