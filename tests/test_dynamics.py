@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import deltah as dh
 from conftest import CONFIGS, build_model
 from deltah import dynamics
 from deltah.baselines import _ridge
-from test_updates import low_rank_policy, rollouts_for
+from test_updates import low_rank_policy, peft_policy, rollouts_for
 
 PROMPTS = [[0], [1, 2, 0], [2, 2]]
 
@@ -333,11 +333,84 @@ def test_wrong_types_are_named(shipped, problems):
             eta.interval(wrong)
 
 
-def test_a_model_without_forward_mode_is_refused():
-    model = BloomForCausalLM(BloomConfig(vocab_size=5, hidden_size=16, n_layer=1, n_head=2))
-    policy = dh.Policy(model)
-    with pytest.raises(ValueError, match="policy: an operation of BloomForCausalLM has no forward-mode derivative"):
-        dh.entropy_change(policy, rollouts_for(5), random_direction(policy))
+def straight_through(x):
+    return x + ((4 * x).round() / 4 - x).detach()
+
+
+class StraightThrough(torch.autograd.Function):
+    """In one piece, with a derivative of its own for forward mode too."""
+
+    @staticmethod
+    def forward(x):
+        return (4 * x).round() / 4
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent
+
+
+@pytest.mark.parametrize("function, message", [
+    (straight_through, "the derivative of LlamaForCausalLM is not to be had: round rounds what moves"),
+    (StraightThrough.apply, "the derivative of LlamaForCausalLM is not to be had: a custom function has a derivative"),
+    (lambda x: x * float(x.mean()), "the derivative of LlamaForCausalLM is not to be had: __float__ takes what moves"),
+    (lambda x: x * torch.from_numpy(x.detach().numpy()), "the derivative of LlamaForCausalLM is not to be had: numpy"),
+    (lambda x: torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127).double(),
+     "an operation of LlamaForCausalLM has no forward-mode derivative: Trying to use forward AD with fake_quant")])
+def test_derivatives_that_are_not_to_be_had_are_refused(function, message):
+    policy = dh.exact.exact_policy(build_model("llama", 11))
+    layer, rollouts = policy.model.model.layers[0].mlp.down_proj, rollouts_for(11)
+    forward = layer.forward
+    layer.forward = lambda x: function(forward(x))
+    for order in (1, 2):
+        with pytest.raises(ValueError, match=f"^policy: {message}"):
+            dh.entropy_change(policy, rollouts, random_direction(policy), order)
+
+
+@pytest.mark.parametrize("order, tolerance", [(1, 1e-7), (2, 1e-5)])
+@pytest.mark.parametrize("per", ["sequence", "token"])
+def test_entropy_changes_of_dora_are_those_of_the_function_that_runs(order, tolerance, per):
+    """Against finite differences of the reweighted entropy; a backward pass holds the norm still."""
+    policy, rollouts = peft_policy(dora=True), rollouts_for(11)
+    optimizer = torch.optim.AdamW(policy.parameters.values(), lr=0.01)
+    direction = dh.update_direction(policy, rollouts_for(11, seed=3), optimizer=optimizer)
+    mask = rollouts.response_mask.double()
+    with torch.no_grad():
+        before = dh.score(policy, rollouts).log_probs
+
+    def entropy(step):
+        with torch.no_grad():
+            log_probs, entropies = dh.score(policy, rollouts, policy.shifted(direction.vector, step))
+        ratios = log_probs - before
+        weights = (ratios.cumsum(1) - ratios).exp()
+        return float((weights * entropies).sum() / ((weights * mask).sum() if per == "token" else len(rollouts)))
+
+    h, weights = 2e-4, {1: (1, -8, 0, 8, -1), 2: (-1, 16, -30, 16, -1)}[order]
+    truth = sum(w * entropy(k * h) for k, w in zip(range(-2, 3), weights, strict=True)) / (12 * h**order)
+    change = dh.entropy_change(policy, rollouts, direction, order, per, baseline="entropy")
+    assert change.value == pytest.approx(truth, rel=tolerance)
+
+
+def test_attributions_that_would_not_sum_to_the_change_are_refused():
+    for dora in (False, True):
+        policy, evaluation = peft_policy(dora=dora), rollouts_for(11, prompts=6, seed=2)
+        optimizer = torch.optim.AdamW(policy.parameters.values(), lr=0.01)
+        direction = dh.update_direction(policy, rollouts_for(11), optimizer=optimizer)
+        change = dh.entropy_change(policy, evaluation, direction)
+        if not dora:
+            causes = dh.attribution(policy, evaluation, direction, change)
+            whole = float(causes.tokens.sum()) + causes.momentum + causes.weight_decay
+            assert whole == pytest.approx(change.value, rel=1e-9)
+            continue
+        with pytest.raises(ValueError, match="^policy: the parts sum to .*LlamaForCausalLM is not the derivative of"):
+            dh.attribution(policy, evaluation, direction, change)
 
 
 def test_critical_learning_rate_is_where_both_orders_are_equal():

@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -146,7 +147,7 @@ def test_truncated_entropy_of_a_batch_and_of_a_uniform_tail():
     ({"top_k": 2.0}, "top_k: expected an integer"),
     ({"top_p": 0.0}, "top_p: expected a number > 0 and ≤ 1, got 0.0"),
     ({"top_p": 1.1}, "top_p: expected a number"),
-    ({"top_k": 1, "temperature": 0.0}, "temperature: expected a positive number"),
+    ({"top_k": 1, "temperature": 0.0}, "temperature: expected a number > 0, got 0.0"),
     ({"top_k": 1, "logits": tensor([math.nan, 0.0])}, "logits: expected finite numbers or −inf"),
     ({"top_k": 1, "logits": tensor([-math.inf, -math.inf])}, "logits: expected finite numbers or −inf"),
 ])
@@ -169,3 +170,61 @@ def test_bad_arguments_are_named(enumerated):
         variance_decomposition(scores, rollouts, p[1:])
     with pytest.raises(ValueError, match=r"variates: expected shape \[4, C\], got \[4\]"):
         control_variate(torch.zeros(4), torch.zeros(4), torch.arange(4))
+
+
+WRONG = (None, 3, "scores", [1.0], {"a": 1}, np.ones(3))
+
+
+def test_wrong_types_are_named(enumerated):
+    scores, rollouts, p = enumerated
+    for wrong in WRONG:
+        for function in (dh.entropy, variance_decomposition):
+            with pytest.raises(TypeError, match="^scores: expected a TokenScores, got"):
+                function(wrong, rollouts)
+            with pytest.raises(TypeError, match="^rollouts: expected a Rollouts, got"):
+                function(scores, wrong)
+            with pytest.raises(TypeError, match="^scores.entropies: expected a tensor, got"):
+                function(dh.TokenScores(scores.log_probs, wrong), rollouts)
+        with pytest.raises(TypeError, match="^logits: expected a tensor, got"):
+            dh.truncated_entropy(wrong, top_k=1)
+        with pytest.raises(TypeError, match="^target: expected a tensor, got"):
+            control_variate(wrong, torch.zeros(9, 1), torch.arange(9))
+        with pytest.raises(TypeError, match="^variates: expected a tensor, got"):
+            control_variate(torch.zeros(9), wrong, torch.arange(9))
+        with pytest.raises(TypeError, match="^clusters: expected a tensor, got"):
+            control_variate(torch.zeros(9), torch.zeros(9, 1), wrong)
+        if wrong is not None:
+            with pytest.raises(TypeError, match="^weights: expected a tensor, got"):
+                variance_decomposition(scores, rollouts, wrong)
+            with pytest.raises(TypeError, match="^denominators: expected a tensor, got"):
+                control_variate(torch.zeros(9), torch.zeros(9, 1), torch.arange(9), wrong)
+    for wrong in (None, [1], 1.5, True):
+        with pytest.raises(TypeError, match="^method: expected one of"):
+            dh.entropy(scores, rollouts, method=wrong)
+        with pytest.raises(TypeError, match="^per: expected one of"):
+            dh.entropy(scores, rollouts, per=wrong)
+    for name in ("top_k", "top_p", "temperature"):
+        for wrong in ("1", [1], True, math.nan):
+            with pytest.raises((TypeError, ValueError), match=f"^{name}: expected (a number|an integer)"):
+                dh.truncated_entropy(torch.zeros(4), **{"top_k": 2, name: wrong})
+    assert dh.truncated_entropy(torch.zeros(4), np.int64(2), np.float32(0.5), np.float64(1)).value == pytest.approx(
+        math.log(4))
+
+
+def test_what_is_not_finite_is_refused_inside_the_mask_and_only_there(enumerated):
+    scores, rollouts, p = enumerated
+    mask = rollouts.response_mask
+    padded = dh.TokenScores(*(torch.where(mask, x, math.nan) for x in scores))
+    assert dh.entropy(padded, rollouts).value == dh.entropy(scores, rollouts).value
+    for bad in (math.nan, math.inf):
+        for name in scores._fields:
+            value = getattr(scores, name).clone()
+            value[3, 0] = bad
+            with pytest.raises(ValueError, match=f"^scores.{name}: expected finite numbers inside the mask"):
+                dh.entropy(scores._replace(**{name: value}), rollouts)
+        with pytest.raises(ValueError, match="^weights: expected finite numbers"):
+            variance_decomposition(scores, rollouts, p * bad)
+        with pytest.raises(ValueError, match="^target: expected finite numbers"):
+            control_variate(torch.full((9,), bad), torch.zeros(9, 1), torch.arange(9))
+    with pytest.raises(ValueError, match="^weights: expected probabilities that sum to 1, got a sum of 3"):
+        variance_decomposition(scores, rollouts, 3 * p)

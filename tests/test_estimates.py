@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,3 +118,52 @@ def test_a_smooth_function_of_means_has_the_error_of_its_linearisation():
     assert float(estimate.contributions.mean()) == pytest.approx(estimate.value)
     with pytest.raises(ValueError, match=r"samples\[:, 1\]: expected finite numbers"):
         Estimate.smooth(lambda means: means.sum(), torch.tensor([[0.0, math.nan]]))
+
+
+WRONG = (None, "1", [1.0], {"a": 1}, np.ones(3), torch.ones(3), True, Estimate(1.0, 0.1, 9))
+
+
+def test_an_estimate_is_made_of_numbers():
+    right = {"value": 1.0, "standard_error": 0.1, "count": 9, "skewness": 0.0}
+    for name in right:
+        for wrong in WRONG:
+            with pytest.raises(TypeError, match=f"^{name}: expected a"):
+                Estimate(**right | {name: wrong})
+    for name, wrong in (("standard_error", -0.1), ("standard_error", -math.inf), ("count", 0), ("count", 2.5),
+                        ("count", math.nan)):
+        with pytest.raises(ValueError, match=f"^{name}: expected a"):
+            Estimate(**right | {name: wrong})
+    for wrong in WRONG[1:]:
+        if not isinstance(wrong, torch.Tensor):
+            with pytest.raises(TypeError, match="^contributions: expected a tensor"):
+                Estimate(1.0, 0.1, 9, wrong)
+    found = Estimate(np.float32(0.5), torch.tensor(0.25), np.int64(3), skewness=np.float64(1.0))
+    assert found == Estimate(0.5, 0.25, 3, skewness=1.0) and type(found.value) is float and type(found.count) is int
+    # What is not known may be said so.
+    assert math.isnan(Estimate(math.nan, math.nan, 1).value) and math.isinf(Estimate(-math.inf, math.inf, 2).value)
+
+
+def test_wrong_types_are_named():
+    x = torch.ones(4)
+    for wrong in (None, 3, "x", [1.0], {"a": 1}, np.ones(4), torch.ones(4, dtype=torch.complex64)):
+        with pytest.raises(TypeError, match="^contributions: expected"):
+            Estimate.mean(wrong)
+        with pytest.raises(TypeError, match="^numerators: expected"):
+            Estimate.ratio(wrong, x)
+        with pytest.raises(TypeError, match="^denominators: expected"):
+            Estimate.ratio(x, wrong)
+        with pytest.raises(TypeError, match="^function: expected a function of the means, got"):
+            Estimate.smooth(wrong, torch.ones(4, 1))
+        with pytest.raises(TypeError, match="^samples: expected"):
+            Estimate.smooth(torch.sum, wrong)
+        if wrong is not None:
+            with pytest.raises(TypeError, match="^clusters: expected"):
+                Estimate.mean(x, wrong)
+    with pytest.raises(TypeError, match="^clusters: expected integers, got a float32 tensor"):
+        Estimate.mean(x, x)
+    with pytest.raises(ValueError, match=r"^samples: expected shape \[N, M\], got \[4\]"):
+        Estimate.smooth(torch.sum, x)
+    for wrong in (0, 1, -0.5, math.nan, "0.95", None, [0.95], True):
+        with pytest.raises((TypeError, ValueError), match="^level: expected a number > 0 and < 1, got"):
+            Estimate(0.0, 1.0, 3).interval(wrong)
+    assert Estimate(0.0, 1.0, 3).interval(np.float32(0.5)) == Estimate(0.0, 1.0, 3).interval(0.5)

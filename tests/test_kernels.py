@@ -11,7 +11,7 @@ from conftest import CONFIGS, MORE, build_model, random_rollouts
 from deltah import kernels
 from deltah.derivatives import factors, sample_gradients
 from deltah.scoring import score
-from test_updates import low_rank_policy
+from test_updates import low_rank_policy, peft_policy
 
 V = 37
 NAMES = sorted({*CONFIGS, *MORE})
@@ -334,3 +334,61 @@ def test_bad_arguments_are_named():
     policy.model.requires_grad_(False)
     with pytest.raises(ValueError, match="policy: has no trainable parameters"):
         dh.fisher_kernel(policy, rollouts)
+
+
+class Doubled(torch.autograd.Function):
+    """With the derivative of what it computes, if `true`, or another."""
+
+    @staticmethod
+    def forward(ctx, x, true):
+        ctx.true = true
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (2.0 if ctx.true else 1.0) * gradient, None
+
+
+def without_grad(x):
+    with torch.no_grad():
+        return x.abs().amax(-1, keepdim=True)
+
+
+HIDDEN = {
+    # What a layer does with its output, and whether the backward pass is its derivative all the same.
+    "detach that cancels": (lambda x: (x - x.detach().mean()) + x.detach().mean(), True),
+    "softmax less its maximum": (lambda x: (x - without_grad(x)).softmax(-1) + x, True),
+    "custom function": (lambda x: Doubled.apply(x, True), True),
+    "detach": (lambda x: x * x.detach(), False),
+    "data": (lambda x: x * x.data.mean(), False),
+    "no grad": (lambda x: x * without_grad(x), False),
+    "number": (lambda x: x * float(x.mean()), False),
+    "another backward": (lambda x: Doubled.apply(x, False), False),
+    "straight through": (lambda x: x + ((4 * x).round() / 4 - x).detach(), False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_a_backward_pass_that_is_not_the_derivative_is_refused(kind, dtype):
+    function, right = HIDDEN[kind]
+    policy, rollouts = dh.Policy(build_model("llama", V, dtype)), rollouts_for()
+    layer = policy.model.model.layers[0].mlp.down_proj
+    forward = layer.forward
+    layer.forward = lambda x: function(forward(x))
+    if right:
+        matrix = gradients(policy, rollouts)
+        assert_close(dh.fisher_kernel(policy, rollouts), matrix @ matrix.T, 1e-5 if dtype == torch.float32 else 1e-10)
+        return
+    for call in (dh.fisher_kernel, dh.fisher_sketch):
+        with pytest.raises(ValueError, match="^policy: the backward pass of LlamaForCausalLM (is not the|hides some)"):
+            call(policy, rollouts)
+
+
+def test_dora_has_no_kernel_and_lora_has():
+    rollouts = rollouts_for(11)
+    with pytest.raises(ValueError, match="policy: the backward pass of LlamaForCausalLM is not the derivative"):
+        dh.fisher_kernel(peft_policy(dora=True), rollouts)
+    policy = peft_policy()
+    matrix = gradients(policy, rollouts)
+    assert_close(dh.fisher_kernel(policy, rollouts), matrix @ matrix.T)

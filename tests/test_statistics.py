@@ -192,3 +192,17 @@ def test_intervals_cover_at_their_level(rows, columns, tails):
         low, high = function(products).interval(0.95)
         covered += low <= target <= high
     assert 0.93 <= covered / replicates <= 0.97
+
+
+@pytest.mark.parametrize("function", [u_statistic, two_sample_product])
+@pytest.mark.parametrize("wrong", [None, 3, "products", [[1.0]], {"a": 1}, torch.ones(4, 4).bool(),
+                                   torch.ones(4, 4, dtype=torch.complex64)])
+def test_wrong_types_are_named(function, wrong):
+    with pytest.raises(TypeError, match="^products: expected (a tensor|numbers), got"):
+        function(wrong)
+
+
+@pytest.mark.parametrize("function", [u_statistic, two_sample_product])
+def test_integers_are_numbers(function):
+    products = torch.arange(16).view(4, 4).square()
+    assert function(products).value == function(products.double()).value

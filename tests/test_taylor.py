@@ -9,7 +9,7 @@ from conftest import CONFIGS, MORE, build_model, random_rollouts
 from deltah import vocabulary
 from deltah.derivatives import jets, taylor
 from deltah.scoring import score_batch
-from test_updates import low_rank_policy
+from test_updates import low_rank_policy, peft_policy
 
 V = 37
 
@@ -63,15 +63,14 @@ def assert_backward_passes_agree(found, policy, rollouts, v):
                 assert float(terms.sum()) == pytest.approx(float(expected.detach()), rel=1e-9, abs=1e-9 * scale)
 
 
-FAST = sorted({*CONFIGS, *MORE} - {"bloom"})
-
-
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", sorted({*CONFIGS, *MORE}))
 def test_real_models_take_the_fast_path_and_are_exact(name):
     policy, rollouts = build(name), rollouts_for()
     v = random_direction(policy)
     found = by(taylor._by_jets, policy, rollouts, v)
-    assert_same(found, by(taylor._by_forward_mode, policy, rollouts, v))
+    if name != "bloom":
+        # Its custom function has no forward mode.
+        assert_same(found, by(taylor._by_forward_mode, policy, rollouts, v))
     assert_same(by(taylor._by_jets, policy, rollouts, v, order=1), [*found[:2], found[3]])
     assert_backward_passes_agree(found, policy, rollouts, v)
 
@@ -115,11 +114,14 @@ def test_adapters():
 
 
 def test_what_has_no_forward_mode_says_so():
-    policy, rollouts = build("bloom"), rollouts_for()
+    policy, rollouts = build("llama"), rollouts_for()
+    layer = policy.model.model.layers[0].mlp.down_proj
+    forward = layer.forward
+    layer.forward = lambda x: torch.fake_quantize_per_tensor_affine(forward(x).float(), 0.1, 0, -128, 127).double()
     v = random_direction(policy)
     with pytest.raises(jets.Refused):
         by(taylor._by_jets, policy, rollouts, v)
-    with pytest.raises(RuntimeError, match="functorch"):
+    with pytest.raises(RuntimeError, match="forward AD"):
         by(taylor.derivatives_along, policy, rollouts, v)
 
 
@@ -149,9 +151,33 @@ class Identity(Hidden):
         return x.view_as(x)
 
 
+class OfOld(torch.autograd.Function):
+    """In the older style, which forward mode refuses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return 2 * x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class StraightThrough(Hidden):
+    @staticmethod
+    def forward(x):
+        return (4 * x).round() / 4
+
+
 def without_grad(x):
     with torch.no_grad():
-        return x * 2
+        # Operations with rules of their own, the general rule, and a write.
+        return (x * 2).sin_().erf() + x.softmax(-1)
+
+
+def with_grad(x):
+    return (x * 2).sin().erf() + x.softmax(-1)
 
 
 def written(x):
@@ -201,87 +227,134 @@ def transposed(x):
     return seen.view(x.shape) + y.transpose(1, 2)
 
 
-CALLS = {
-    # A function of hidden states [n, T, 32], and whether jets know it.
-    "custom function": (Hidden.apply, False),
-    "custom identity": (Identity.apply, False),
-    "no grad": (lambda x: x + without_grad(x), False),
-    "inference mode": (lambda x: x + torch.inference_mode()(without_grad)(x).clone(), False),
-    "number": (lambda x: x * float(x.max()), False),
-    "outside PyTorch": (lambda x: x + torch.from_numpy(x.detach().numpy()), False),
-    "plain buffer": (lambda x: torch.zeros(x.shape).double().index_add_(1, torch.tensor([0]), x[:, :1]) + x, False),
-    "written after detach": (lambda x: x + x.detach().mul_(2), False),
-    "turned in place": (transposed, False),
-    "data replaced": (swapped, False),
-    "attention": (attended, True),
-    "random": (lambda x: x * torch.bernoulli(x.sigmoid()), False),
-    "detach": (lambda x: x * x.detach() + x.data, True),
-    "written": (written, True),
-    "collected": (collected, True),
-    "in place": (lambda x: x.clone().mul_(2).add_(1).pow_(3).neg_(), True),
-    "norms": (lambda x: F.rms_norm(x, (32,)) + F.normalize(x, dim=-1) + F.layer_norm(x, (32,)) + x.norm(), True),
-    "means": (lambda x: x - x.mean() + x.var(-1, keepdim=True) + x.logsumexp(-1, keepdim=True), True),
-    "divided": (lambda x: x / (2 + x.square()) + 3 / (2 + x.abs()) - (x / 3) + torch.div(x, 2.0) + (1 - x), True),
+# Functions of hidden states [n, T, 32], in all that models do with them.
+PLAIN = {
+    "attention": attended,
+    "written": written,
+    "collected": collected,
+    "in place": lambda x: x.clone().mul_(2).add_(1).pow_(3).neg_(),
+    "norms": lambda x: F.rms_norm(x, (32,)) + F.normalize(x, dim=-1) + F.layer_norm(x, (32,)) + x.norm(),
+    "means": lambda x: x - x.mean() + x.var(-1, keepdim=True) + x.logsumexp(-1, keepdim=True),
+    "divided": lambda x: x / (2 + x.square()) + 3 / (2 + x.abs()) - (x / 3) + torch.div(x, 2.0) + (1 - x),
     "functions": (lambda x: F.silu(x) + F.gelu(x) * F.gelu(x, approximate="tanh") + x.tanh() * x.sigmoid().exp()
                   + F.relu(x) * F.softplus(x) + F.elu(x).sin() * (x * x + 1).rsqrt() + F.hardtanh(x) + x**3 * 2**x
-                  + F.relu(x).square() + F.leaky_relu(x) + F.mish(x) + (x * x + 1) ** -0.5 + x.erf() + x.cos(), True),
-    "softmaxes": (lambda x: x.softmax(-1) + x.log_softmax(1) + F.softmax(x, 0, dtype=torch.float64), True),
+                  + F.relu(x).square() + F.leaky_relu(x) + F.mish(x) + (x * x + 1) ** -0.5 + x.erf() + x.cos()),
+    "softmaxes": lambda x: x.softmax(-1) + x.log_softmax(1) + F.softmax(x, 0, dtype=torch.float64),
     "largest": (lambda x: (x.topk(3, -1).values.sum(-1, keepdim=True) + x.sort(-1, descending=True).values
                            + x.max(-1, keepdim=True).values * x.min(1).values[:, None] + x.amax(-1, keepdim=True)
-                           + torch.maximum(x, -x) + x.clamp(-1, 0.5)), True),
+                           + torch.maximum(x, -x) + x.clamp(-1, 0.5))),
     "rearranged": (lambda x: torch.cat([x[..., 16:], -x[..., :16]], -1) + x.flip(-1) * x.roll(1, 0) + x.cumsum(1)
                    + torch.stack([x, x * x]).sum(0) + x.repeat(1, 1, 2)[..., 5:37] + x.unfold(-1, 4, 4).reshape(x.shape)
                    + torch.where(x > 0, x, 0.1 * x) + torch.where(x > 0, 1.0, x) + x.tril() + x.chunk(2, -1)[1].tile(2)
                    + x.index_select(2, torch.arange(31, -1, -1)) + x.repeat_interleave(2, -1)[..., ::2]
-                   + x.masked_fill(x > 1, 0.3) + F.pad(x, (1, 0), value=2.0)[..., 1:] + x.float().double() + 1, True),
+                   + x.masked_fill(x > 1, 0.3) + F.pad(x, (1, 0), value=2.0)[..., 1:] + x.float().double() + 1),
+    "added products": (lambda x: torch.baddbmm(x, x @ x.mT, x.sin(), beta=0.3, alpha=0.7)
+                       + torch.zeros(1, 1, 1).double().baddbmm(x @ x.mT, x) + x.baddbmm(x @ x.mT, x)),
     "products": (lambda x: torch.einsum("nti,nsi->nts", x, x) @ x / 32 + (x @ x[0, :1].mT) + x[0, 0].dot(x[1, 1]) * x
                  + torch.outer(x[0, 0], x[0, 1])[:1] + x.matmul(x[1, 2])[..., None] + torch.addcmul(x, x, x.sin())
-                 + torch.lerp(x, x.sin(), 0.3), True),
-    "convolved": (lambda x: F.conv1d(x.mT, x[:1, :1, :3].expand(32, 1, 3) * 1, x[0, 0], padding=1, groups=32).mT, True),
+                 + torch.lerp(x, x.sin(), 0.3)),
+    "convolved": lambda x: F.conv1d(x.mT, x[:1, :1, :3].expand(32, 1, 3) * 1, x[0, 0], padding=1, groups=32).mT,
     "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (16, 2)))
                                              * torch.polar(torch.ones(16), torch.arange(16.0)).to(torch.complex128)
-                                             ).flatten(-2), True),
+                                             ).flatten(-2)),
 }
+# Functions that hide what they do from backward passes or from forward mode; who differentiates them, "jets", "forward"
+# or nobody; and the function that runs, where a backward pass sees another.
+SPECIAL = {
+    "custom function": (Hidden.apply, "jets", lambda x: 2 * x**3),
+    "custom identity": (Identity.apply, "jets", lambda x: 1 * x),
+    "custom function of old": (OfOld.apply, "jets", lambda x: 2 * x**3),
+    "no grad": (lambda x: x + without_grad(x), "jets", lambda x: x + with_grad(x)),
+    "detach": (lambda x: x * x.detach() + x.data * torch.detach(x).sin(), "jets", lambda x: x * x + x * x.sin()),
+    "detached norm": (lambda x: x * (x[0, 0] / x.norm(dim=-1, keepdim=True).detach()), "jets",
+                      lambda x: x * (x[0, 0] / x.norm(dim=-1, keepdim=True))),
+    "copied": (lambda x: x * torch.tensor(x), "jets", lambda x: x * x),
+    "copied to its like": (lambda x: x * x.new_tensor(x), "jets", lambda x: x * x),
+    "written after detach": (lambda x: x + x.detach().mul_(2), "jets", lambda x: 4 * x),
+    "straight through": (StraightThrough.apply, "nobody", None),
+    "straight through by detach": (lambda x: x + ((4 * x).round() / 4 - x).detach(), "nobody", None),
+    "straight through without grad": (lambda x: x + torch.no_grad()(torch.round)(x) * 0.1, "nobody", None),
+    "integers": (lambda x: (4 * x).to(torch.int8).to(x.dtype) / 4, "nobody", None),
+    "signs": (lambda x: x + torch.sign(x), "nobody", None),
+    "floors": (lambda x: x + torch.div(x, 0.1, rounding_mode="floor"), "nobody", None),
+    "in steps": (lambda x: x + x.clone().floor_() + x // 0.1, "nobody", None),
+    "fake quantised": (lambda x: torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127).double(), "nobody",
+                       None),
+    "inference mode": (lambda x: x + torch.inference_mode()(without_grad)(x).clone(), "nobody", None),
+    "number": (lambda x: x * float(x.max()), "nobody", None),
+    "list": (lambda x: x * torch.tensor(x[0, 0].tolist(), dtype=x.dtype), "nobody", None),
+    "outside PyTorch": (lambda x: x + torch.from_numpy(x.detach().numpy()), "nobody", None),
+    "data replaced": (swapped, "nobody", None),
+    "random": (lambda x: x * torch.bernoulli(x.sigmoid()), "forward", None),
+    "plain buffer": (lambda x: torch.zeros(x.shape).double().index_add_(1, torch.tensor([0]), x[:, :1]) + x, "forward",
+                     None),
+    "turned in place": (transposed, "forward", None),
+}
+CALLS = SPECIAL | {kind: (function, "jets", None) for kind, function in PLAIN.items()}
 
 
 @pytest.mark.parametrize("kind", sorted(CALLS))
 def test_whatever_a_model_calls(kind):
-    """Right, or refused."""
-    function, known = CALLS[kind]
+    """The derivative of the function that runs, or none."""
+    function, who, same = CALLS[kind]
     policy, rollouts = build("llama"), rollouts_for()
     assert policy._scaling
     layer = policy.model.model.layers[0].mlp.down_proj
-    forward = layer.forward
-    layer.forward = lambda x: function(forward(x))
-    v = random_direction(policy)
-    torch.manual_seed(0)
-    try:
-        expected = by(taylor._by_forward_mode, policy, rollouts, v)
-    except Exception:
-        # What nested forward mode has no way with either must not be answered.
-        with pytest.raises(Exception):  # noqa: B017
-            by(taylor.derivatives_along, policy, rollouts, v)
-        assert not known
-        return
-    if known:
-        found = by(taylor._by_jets, policy, rollouts, v)
-        assert_same(by(taylor._by_jets, policy, rollouts, v, order=1), [*found[:2], found[3]])
-        if kind != "written":
-            # Which a backward pass does not allow.
-            assert_backward_passes_agree(found, policy, rollouts, v)
-        if kind == "detach":
-            # Nested forward mode holds what is detached still in the first derivative, but not in the second.
-            return
-        assert_same(found, expected)
-    else:
+    forward, v = layer.forward, random_direction(policy)
+
+    def calling(function, how, order=2):
+        layer.forward = lambda x: function(forward(x))
+        torch.manual_seed(0)
+        return by(how, policy, rollouts, v, order)
+
+    if who != "jets":
         for order in (1, 2):
             with pytest.raises((jets.Refused, RuntimeError)):
-                by(taylor._by_jets, policy, rollouts, v, order)
-    torch.manual_seed(0)
-    if kind != "random":
-        assert_same(by(taylor.derivatives_along, policy, rollouts, v), expected)
-        assert_same(by(taylor.derivatives_along, policy, rollouts, v, order=1),
-                    by(taylor._by_forward_mode, policy, rollouts, v, order=1))
+                calling(function, taylor._by_jets, order)
+            if who == "nobody":
+                with pytest.raises((jets.Refused, RuntimeError)):
+                    calling(function, taylor.derivatives_along, order)
+    if who == "nobody":
+        return
+    found = calling(function, taylor.derivatives_along)
+    assert_same(calling(function, taylor.derivatives_along, order=1), [*found[:2], found[3]])
+    if who == "jets":
+        assert_same(calling(function, taylor._by_jets), found)
+        try:
+            # Forward mode may refuse, but not answer otherwise.
+            assert_same(calling(function, taylor._by_forward_mode), found)
+        except (jets.Refused, RuntimeError):
+            assert same is not None
+    if kind not in ("written", "random"):
+        # The first a backward pass does not allow, the second is another one each time.
+        layer.forward = lambda x: (same or function)(forward(x))
+        assert_backward_passes_agree(found, policy, rollouts, v)
+    if same is not None:
+        assert_same(found, calling(same, taylor._by_forward_mode))
+
+
+def finite_differences(policy, rollouts, v, step):
+    """Of log-probs and entropies along v, of both orders, to step²."""
+    with torch.no_grad():
+        below, here, above = (dh.score(policy, rollouts, policy.shifted(v, h)) for h in (-step, 0.0, step))
+    return [[(c - a) / (2 * step) for a, c in zip(below, above, strict=True)],
+            [(c - 2 * b + a) / step**2 for a, b, c in zip(below, here, above, strict=True)]]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("how", [taylor._by_jets, taylor._by_forward_mode])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_adapters_of_peft_against_finite_differences(dora, how, kind):
+    """DoRA detaches the norm of its weights, which moves with them."""
+    policy, rollouts = peft_policy(kind, V, dora), rollouts_for()
+    v = random_direction(policy)
+    assert v and all("lora" in name for name in v) and dora == any("magnitude" in name for name in v)
+    found = by(how, policy, rollouts, v)
+    for order, expected in enumerate(finite_differences(policy, rollouts, v, 1e-4), start=1):
+        for x, y in zip(found[order], expected, strict=True):
+            assert float((x - y).abs().max()) < 1e-6 * float(y.abs().max())
+    if not dora:
+        assert_backward_passes_agree(found, policy, rollouts, v)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -145,9 +145,21 @@ def low_rank_policy(vocabulary_size=11):
     return dh.Policy(model)
 
 
-def test_adapters():
-    policy = low_rank_policy()
-    assert len(policy.parameters) == 8
+def peft_policy(kind="llama", vocabulary_size=11, dora=False):
+    """In float64 throughout, with PEFT's adapters away from their start."""
+    base, targets = build_model(kind, vocabulary_size), {"llama": ["q_proj", "up_proj"], "gpt2": ["c_attn", "c_fc"]}
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets[kind], use_dora=dora,
+                                                        fan_in_fan_out=kind == "gpt2", init_lora_weights=False))
+    return dh.exact.exact_policy(adapted.base_model.model)
+
+
+@pytest.mark.parametrize("make, count", [(low_rank_policy, 8), (peft_policy, 8),
+                                         (functools.partial(peft_policy, dora=True), 12)])
+def test_adapters(make, count):
+    """As a trainer moves them, also where the backward pass holds DoRA's norm still."""
+    policy = make()
+    assert len(policy.parameters) == count
     optimizer = AdamW(policy.parameters.values(), lr=0.02)
     for seed in range(3):
         rollouts = rollouts_for(11, seed=seed)

@@ -8,7 +8,8 @@ With S_k = log π(t_k | t_<k), the next-token entropy H_k, and ∇ the derivativ
 F_k is the entropy-to-go G_k after the baseline b_k = H_k; a baseline is taken off F_k and F'_k. The entropy per token
 is h = E[Σ H_k] / E[L], so that h' = (H' − h L') / L and h'' = (H'' − 2 h' L' − h L'') / L, where L' and L'' are the
 same sums with 1 in place of H_j. All derivatives come from forward-mode differentiation through the transformer, of all
-tokens of a batch in one pass. Chapters 03, 06 and 07 derive and check this.
+tokens of a batch in one pass. They are those of the function that runs: what a model detaches, as DoRA does the norm of
+its weights, moves too. Chapters 03, 06 and 07 derive and check this.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from deltah import checks
 from deltah.baselines import BASELINES, Remaining
+from deltah.derivatives.jets import Refused
 from deltah.derivatives.taylor import derivatives_along
 from deltah.entropy import UNITS
 from deltah.estimates import Estimate
@@ -250,8 +252,11 @@ def _derivatives(policy: Policy, rollouts: Rollouts, v: Mapping[str, Tensor], or
     try:
         with policy.forward_mode():
             results = list(in_batches(rollouts, rows, one_batch))
+    except Refused as error:
+        name = type(policy.model).__name__
+        raise ValueError(f"policy: the derivative of {name} is not to be had: {error}") from error
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("forward AD", "functorch")):
+        if not any(word in str(error) for word in ("forward AD", "functorch", "data pointer")):
             raise
         raise ValueError(f"policy: an operation of {type(policy.model).__name__} has no forward-mode derivative: "
                          f"{str(error).splitlines()[0]}") from error
@@ -331,8 +336,8 @@ def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change
     causes = Attribution(tokens, along(direction.momentum), along(direction.weight_decay))
     whole = float(tokens.sum()) + causes.momentum + causes.weight_decay
     size = float(tokens.abs().sum()) + abs(causes.momentum) + abs(causes.weight_decay)
-    # Half of the digits that the model computes with: float32's at most, which most fall back to in places.
-    if abs(whole - change.value) > max(torch.finfo(x).eps for x in (policy.dtype, torch.float32)) ** 0.5 * size:
+    # Two thirds of the digits that the model computes with: float32's at most, which most fall back to in places.
+    if abs(whole - change.value) > max(torch.finfo(x).eps for x in (policy.dtype, torch.float32)) ** (2 / 3) * size:
         raise ValueError(f"policy: the parts sum to {whole:.4g}, and the change is {change.value:.4g}; the backward "
                          f"pass of {type(policy.model).__name__} is not the derivative of its function, as where it "
                          "detaches something that moves")

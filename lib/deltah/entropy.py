@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deltah import checks
 from deltah.estimates import Estimate
 from deltah.rollouts import Rollouts
 from deltah.scoring import TokenScores
@@ -41,16 +42,14 @@ def entropy(scores: TokenScores, rollouts: Rollouts, method: str = "rao_blackwel
         and 97% from about 100 prompts on, and from about 800 where a rare prefix holds most of the entropy.
 
     Raises:
-        ValueError: an unknown method or unit, scores of another shape than the rollouts, or a control variate
-            with fewer than five prompts.
+        TypeError: an argument of the wrong kind. ValueError: an unknown method or unit, scores of another shape than
+            the rollouts or not finite, or a control variate with fewer than five prompts.
 
     >>> entropy(score(policy, rollouts), rollouts, per="token")              # doctest: +SKIP
     0.172 ± 0.005
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if per not in UNITS:
-        raise ValueError(f"per: expected one of {', '.join(UNITS)}, got {per!r}")
+    checks.choice("method", method, METHODS)
+    checks.choice("per", per, UNITS)
     surprisals, entropies = _masked(scores, rollouts)
     clusters, lengths = rollouts.prompt_index, rollouts.lengths.double()
     totals = (surprisals if method == "monte_carlo" else entropies).sum(1)
@@ -78,14 +77,18 @@ def control_variate(target: Tensor, variates: Tensor, clusters: Tensor, denomina
         [N] float64.
 
     Raises:
-        ValueError: shapes that do not fit, or fewer than five clusters.
+        TypeError: something that is no tensor of numbers. ValueError: shapes that do not fit, numbers that are not
+            finite, or fewer than five clusters.
 
     >>> x = torch.linspace(-1, 1, 10)
     >>> control_variate(3 * x + 1, x[:, None], torch.arange(10)).round(decimals=6)
     tensor([1., 1., 1., 1., 1., 1., 1., 1., 1., 1.], dtype=torch.float64)
     """
-    if target.ndim != 1 or variates.ndim != 2 or len(variates) != len(target):
-        raise ValueError(f"variates: expected shape [{len(target)}, C], got {list(variates.shape)}")
+    checks.tensor("target", target, ("N",), kind="number", finite=True)
+    checks.tensor("variates", variates, (len(target), "C"), kind="number", finite=True)
+    checks.tensor("clusters", clusters, target.shape, kind="integer")
+    if denominators is not None:
+        checks.tensor("denominators", denominators, target.shape, kind="number", finite=True)
     target, variates = target.double(), variates.double()
     _, index = clusters.unique(return_inverse=True)
     count = int(index.max()) + 1
@@ -138,15 +141,18 @@ def variance_decomposition(scores: TokenScores, rollouts: Rollouts,
             None: sampled rollouts, each of weight 1/N.
 
     Raises:
-        ValueError: scores or weights of another shape than the rollouts.
+        TypeError: an argument of the wrong kind. ValueError: scores or weights of another shape than the rollouts, or
+            not finite, or weights that are negative or do not sum to 1.
 
     >>> variance_decomposition(scores, every, probabilities(scores)).cross   # doctest: +SKIP
     -0.21
     """
     surprisals, entropies = _masked(scores, rollouts)
-    weights = torch.full_like(surprisals[:, 0], 1 / len(surprisals)) if weights is None else weights.double()
-    if weights.shape != surprisals.shape[:1]:
-        raise ValueError(f"weights: expected shape [{len(surprisals)}], got {list(weights.shape)}")
+    if weights is None:
+        weights = torch.full_like(surprisals[:, 0], 1 / len(surprisals))
+    weights = checks.tensor("weights", weights, surprisals.shape[:1], kind="floating", finite=True).to(surprisals)
+    if weights.min() < 0 or abs(float(weights.sum()) - 1) > 1e-3:
+        raise ValueError(f"weights: expected probabilities that sum to 1, got a sum of {float(weights.sum()):.4g}")
     both = torch.stack([entropies.sum(1), (surprisals - entropies).sum(1)])
     both = both - (both @ weights)[:, None]
     (rao_blackwell, covariance), (_, steps) = (both * weights) @ both.T
@@ -158,11 +164,15 @@ def variance_decomposition(scores: TokenScores, rollouts: Rollouts,
 
 def _masked(scores: TokenScores, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     """Surprisals and entropies [N, T] in float64, 0 outside the response mask."""
+    checks.instance("scores", scores, TokenScores)
+    checks.instance("rollouts", rollouts, Rollouts)
+    mask = rollouts.response_mask.to(checks.tensor("scores.log_probs", scores.log_probs).device)
     for name, value in zip(scores._fields, scores, strict=True):
-        if value.shape != rollouts.response_mask.shape:
-            raise ValueError(f"scores.{name}: expected the rollouts' shape {list(rollouts.response_mask.shape)}, "
-                             f"got {list(value.shape)}")
-    mask = rollouts.response_mask.to(scores.log_probs.device)
+        checks.tensor(f"scores.{name}", value, kind="floating")
+        if value.shape != mask.shape:
+            raise ValueError(f"scores.{name}: expected the rollouts' shape {list(mask.shape)}, got {list(value.shape)}")
+        if not (torch.isfinite(value) | ~mask).all():
+            raise ValueError(f"scores.{name}: expected finite numbers inside the mask, got NaN or infinity")
     return (torch.where(mask, -scores.log_probs.detach().double(), 0.0),
             torch.where(mask, scores.entropies.detach().double(), 0.0))
 
@@ -196,8 +206,8 @@ def truncated_entropy(logits: Tensor, top_k: int | None = None, top_p: float | N
         Three tensors [...] in float64.
 
     Raises:
-        ValueError: neither `top_k` nor `top_p`, one out of range, a temperature that is not positive, or logits
-            that are NaN, +inf or all −inf.
+        TypeError: an argument of the wrong kind. ValueError: neither `top_k` nor `top_p`, one out of range, a
+            temperature that is not positive, or logits that are NaN, +inf or all −inf.
 
     >>> truncated_entropy(torch.zeros(8), top_k=2)      # uniform: the bounds meet at log 8
     TruncatedEntropy(value=tensor(2.0794, dtype=torch.float64), lower=tensor(2.0794, dtype=torch.float64), \
@@ -205,12 +215,12 @@ upper=tensor(2.0794, dtype=torch.float64))
     """
     if top_k is None and top_p is None:
         raise ValueError("top_k, top_p: expected at least one of them, got neither")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k: expected an integer ≥ 1, got {top_k!r}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number > 0 and ≤ 1, got {top_p!r}")
-    if not 0 < temperature < torch.inf:
-        raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
+    checks.tensor("logits", logits, ("...", "V"), kind="number")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape [..., V] with V ≥ 1, got {list(logits.shape)}")
+    top_k = None if top_k is None else checks.integer("top_k", top_k, minimum=1)
+    top_p = None if top_p is None else checks.number("top_p", top_p, above=0, maximum=1)
+    temperature = checks.number("temperature", temperature, above=0)
     log_z = (logits.double() / temperature).logsumexp(-1, keepdim=True)
     if not torch.isfinite(log_z).all():
         raise ValueError("logits: expected finite numbers or −inf, and one finite number in every row")

@@ -68,7 +68,8 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
 
     Raises:
         ValueError: an unknown level, a preconditioner that does not fit the policy, temperatures that differ, a policy
-            without trainable parameters, or a result that is not finite.
+            without trainable parameters, a model whose backward pass is not the derivative of its function, as where it
+            detaches something that moves (DoRA's norm), or a result that is not finite.
 
     Source: the notes, sections 2.1 and 2.7.
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from deltah import checks
 from deltah.estimates import Estimate
 
 
@@ -79,7 +79,8 @@ def u_statistic(products: Tensor) -> UStatistic:
         UStatistic, in the units of `products`.
 
     Raises:
-        ValueError: products that are not square, have B < 3, or are not all finite.
+        TypeError: products that are no tensor of numbers. ValueError: ones that are not square, have B < 3, or are not
+            all finite.
 
     Source: the notes, section 2.2 (Var U) and 2.2.1 (ζ₁, jackknife); the unbiased estimates are derived in chapter 04.
 
@@ -124,7 +125,8 @@ def two_sample_product(products: Tensor) -> TwoSampleProduct:
         TwoSampleProduct, an `Estimate` in the units of `products`.
 
     Raises:
-        ValueError: products that are not a matrix, have B_E < 3 or B_U < 3, or are not all finite.
+        TypeError: products that are no tensor of numbers. ValueError: ones that are not a matrix, have B_E < 3 or
+            B_U < 3, or are not all finite.
 
     Source: the notes, section 2.2.3, whose two prefactors are exchanged; chapter 05 derives what is used here.
 
@@ -158,9 +160,8 @@ def _skewness(effects: Tensor) -> float:
 
 
 def _checked(products: Tensor) -> Tensor:
+    checks.tensor("products", products, kind="number")
     if products.ndim != 2 or min(products.shape) < 3:
         raise ValueError(f"products: expected a matrix with at least 3 rows and 3 columns, "
                          f"got shape {list(products.shape)}")
-    if not torch.isfinite(products).all():
-        raise ValueError("products: expected finite numbers, got NaN or infinity")
-    return products.detach().double()
+    return checks.tensor("products", products, finite=True).detach().double()

@@ -51,22 +51,22 @@ def policy_gradient_step(policy: Policy, rollouts: Rollouts, old_log_probs: Tens
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in parameters.values()):
         raise ValueError("optimizer: expected it to hold parameters of the policy, got none of them")
-    with torch.enable_grad():
-        loss = objective.loss(score(policy, rollouts).log_probs, old_log_probs, rollouts)
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    for name, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None and not torch.isfinite(gradient).all():
-            raise ValueError(f"policy, rollouts: the gradient of {name} is NaN or infinite")
-    before = [p.grad for p in parameters.values()]
+    before = {name: p.grad for name, p in parameters.items()}
     try:
         # Of parameters that the optimizer does not hold too: their gradients count towards the norm.
-        for p, gradient in zip(parameters.values(), gradients, strict=True):
-            p.grad = gradient
+        for p in parameters.values():
+            p.grad = None
+        with torch.enable_grad():
+            loss = objective.loss(score(policy, rollouts).log_probs, old_log_probs, rollouts)
+            loss.backward()
+        for name, p in parameters.items():
+            if p.grad is not None and not torch.isfinite(p.grad).all():
+                raise ValueError(f"policy, rollouts: the gradient of {name} is NaN or infinite")
         if limit is not None:
             torch.nn.utils.clip_grad_norm_(parameters.values(), limit)
         optimizer.step()
     except BaseException:
-        for p, gradient in zip(parameters.values(), before, strict=True):
-            p.grad = gradient
+        for name, p in parameters.items():
+            p.grad = before[name]
         raise
     return loss.item()

@@ -10,6 +10,9 @@ Forward mode nested in itself carries (x, x', x', x'') through a model and compu
 A Jet is a tensor without memory of its own. PyTorch hands each of its elementary operations that meets one to a rule
 here, whoever called it; what has no rule, and what reads memory past PyTorch, raises. Here are the rules of operations
 that are linear, and the general one; `operations` has those of all others.
+
+So the derivative is that of the function that runs. What a model hides from backward passes, by `detach`, `no_grad` or
+a backward of its own, moves with the parameters all the same, as DoRA's norm of the weights does.
 """
 
 from __future__ import annotations
@@ -52,15 +55,16 @@ class Jet(Tensor):
         kwargs, operation = kwargs or {}, func.overloadpacket
         if any(isinstance(x, Jet) for x in kwargs.values()) or "reduce" in kwargs:
             raise Refused(f"{func} with arguments that no rule knows")
-        # Nested forward mode differentiates here, and so do custom functions, each in its own way.
-        if not torch.is_grad_enabled():
-            raise Refused(f"{func} without grad mode")
+        if torch.is_inference_mode_enabled():
+            # Where forward mode, of which general rules are made, does nothing.
+            raise Refused(f"{func} in inference mode")
         if func._schema.is_mutable:
             return _in_place(func, args, kwargs)
         if operation is aten.detach:
-            # A plain tensor would let the values be overwritten without their derivatives.
-            value, *rest = args[0].coefficients
-            return Jet(value, *(None for _ in rest))
+            # What is detached moves all the same. It shares the memory of all coefficients, as a view does.
+            return Jet(*args[0].coefficients)
+        if operation in STEPS or kwargs.get("rounding_mode") is not None:
+            raise Refused(f"{func} rounds what moves: no derivative tells how far its jumps are")
         if operation in RULES:
             return RULES[operation](func, *args, **kwargs)
         if operation in LINEAR or func.is_view and func not in NOT_LINEAR:
@@ -130,6 +134,8 @@ def _linear(func, args: Sequence, kwargs: Mapping) -> Any:
     found = [func(*_at(func, args, k), **kwargs) if k == 0 or any(_has(x, k) for x in args) else None
              for k in range(order_of(*args) + 1)]
     if isinstance(found[0], Tensor):
+        if not _is_differentiable(found[0]) and found[0].dtype != torch.bool:
+            raise Refused(f"{func} rounds what moves: no derivative tells how far its jumps are")
         return _like_its_source(func, *found)
     rows = zip(*(f if f is not None else [None] * len(found[0]) for f in found), strict=True)
     return type(found[0])(_like_its_source(func, *row) for row in rows)
@@ -199,9 +205,9 @@ def generic(func, args: Sequence, kwargs: Mapping) -> Any:
     def once(x, x_1):
         return torch.func.jvp(of, x, x_1)
 
-    # Here, below automatic differentiation, its part of PyTorch is switched off.
+    # Here, below automatic differentiation, its part of PyTorch is switched off; a model may have switched off more.
     off = torch._C._dispatch_tls_local_exclude_set()
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off - off):
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off - off), torch.enable_grad():
         if order == 1:
             return new_jet(*once(x, x_1))
         (value, first), (_, second) = torch.func.jvp(once, (x, x_1), (x_1, *x_2))
@@ -222,5 +228,7 @@ LINEAR: dict[Any, tuple[int, ...]] = {
     aten.where: (1, 2)}
 # Views that read the same memory as something else, or other memory.
 NOT_LINEAR = {aten.view.dtype, aten.as_strided.default}
+# Piecewise constant: zero where they have a derivative.
+STEPS = {aten.round, aten.floor, aten.ceil, aten.trunc, aten.sign, aten.sgn, aten.heaviside, aten.floor_divide}
 CONSTANT = {aten.argmax, aten.argmin, aten.argsort, aten.nonzero, aten.any, aten.all, aten.equal}
 GENERIC = {aten.linalg_vector_norm, aten.amax, aten.amin, aten.var, aten.prod}

@@ -112,6 +112,15 @@ def _addmm(func, bias: Any, a: Any, b: Any, **kwargs) -> Tensor:
     return _plus(bias, func(bias[0], a[0], b[0]), rest, lambda c: c)
 
 
+def _baddbmm(func, bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    order = order_of(bias, a, b)
+    bias, a, b = (parts(x, order) for x in (bias, a, b))
+    value = func(bias[0], a[0], b[0], beta=beta, alpha=alpha)
+    rest = of_product(torch.bmm, lambda total, x, y, factor: total.baddbmm_(x, y, alpha=factor), a, b)
+    rest = [c if c is None or alpha == 1 else c.mul_(alpha) for c in rest]
+    return _plus(tuple(c if c is None or beta == 1 else beta * c for c in bias), value, rest, lambda c: c)
+
+
 def _convolution(func, x: Any, weight: Any, bias: Any, *args) -> Tensor:
     def times(a, b):
         return func(a, b, None, *args)
@@ -250,7 +259,7 @@ def _picked(func, x: Jet, *args, **kwargs) -> Any:
 
 RULES.update({
     aten.add: _sum, aten.sub: _sum, aten.mul: _mul, aten.div: _div, aten.square: _square, aten.pow: _pow,
-    aten.mm: _mm, aten.bmm: _bmm, aten.mv: _bilinear, aten.dot: _bilinear, aten.addmm: _addmm,
+    aten.mm: _mm, aten.bmm: _bmm, aten.mv: _bilinear, aten.dot: _bilinear, aten.addmm: _addmm, aten.baddbmm: _baddbmm,
     aten.convolution: _convolution, aten.silu: _silu, aten.gelu: _gelu, aten.exp: _exp, aten.tanh: _tanh,
     aten.sigmoid: _sigmoid, aten.relu: _relu, aten.rsqrt: _rsqrt, aten._softmax: _softmax,
     aten._safe_softmax: _softmax, aten._log_softmax: _log_softmax, aten.logsumexp: _logsumexp, aten.topk: _picked,

@@ -6,6 +6,9 @@ that forms them: `sample_gradients` watches the functions that a model calls wit
 factors as soon as the backward pass has met the parameter's last use. Factors are formed in blocks, or only contracted.
 
 A parameter that is used in a way not known here is found out, and gets one backward pass for each rollout instead.
+
+Where a model hides something from its backward pass (`detach`, `no_grad`, a custom function), these are derivatives
+only if that cancels. One rollout's are then held against a derivative in forward mode.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from deltah.derivatives.factors import Factors, Formed, Output, OutputSlopes, SampleGradient, kind_of, matrix_shape
+from deltah.derivatives.jets import Refused
 from deltah.derivatives.rows import Rows
+from deltah.derivatives.taylor import DETACHES, derivatives_along
 from deltah.derivatives.uses import CASTS, RULES, TRANSPOSES, is_index
 from deltah.modes import eager_experts
 from deltah.output_layers import OutputLayer
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
-from deltah.scoring import log_probs_and_entropies, response_output, score
+from deltah.scoring import log_probs_and_entropies, response_output, score, score_batch
 
 # Parameters that take part elementwise get a copy for each rollout up to this size.
 SMALL = 2**16
@@ -45,6 +50,9 @@ def sample_gradients(policy: Policy, rollouts: Rollouts, receive: Callable[[Samp
         rollouts: n rollouts, run as one batch; S_i is the log-prob of response i at their temperature.
         receive: called during the backward pass, in its order.
         keep: numbers that may be held on to, besides factors, to form the output layer's gradients faster.
+
+    Raises:
+        ValueError: a model whose backward pass is not the derivative of its function.
     """
     watch = Watch(policy, rollouts)
     with torch.enable_grad(), eager_experts(policy.model):
@@ -55,6 +63,8 @@ def sample_gradients(policy: Policy, rollouts: Rollouts, receive: Callable[[Samp
             total = torch.where(rollouts.response_mask, log_probs, 0.0).sum()
         else:
             total = watch.output(hidden, layer, keep)
+        if watch.hidden or _has_custom_functions(total):
+            _check_backward(policy, rollouts.select(slice(0, 1)), watch.hidden or "a custom function")
         watch.backward(total, receive)
     groups, unknown = [[]], sorted(watch.unknown)
     # Hooks of what it holds refer to it, and all factors would stay until the next garbage collection.
@@ -66,6 +76,33 @@ def sample_gradients(policy: Policy, rollouts: Rollouts, receive: Callable[[Samp
     for names in filter(None, groups):
         for gradient in _one_by_one(policy, rollouts, names):
             receive(gradient)
+
+
+def _check_backward(policy: Policy, rollout: Rollouts, hidden: str) -> None:
+    """Raise ValueError where the gradient g of a rollout's log-prob does not have the derivative |g|² along itself."""
+    parameters, name = policy.parameters, type(policy.model).__name__
+    with torch.enable_grad():
+        total = score(policy, rollout).log_probs.sum()
+        gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
+    v = dict(zip(parameters, gradients, strict=True))
+    theta = {key: p.detach() for key, p in parameters.items()}
+
+    def scored(moved):
+        (log_probs, _), states = score_batch(policy, rollout, theta | moved)
+        return (log_probs,), states
+
+    try:
+        with policy.forward_mode():
+            (slope,) = derivatives_along(scored, theta, v, 1)[1]
+    except (Refused, RuntimeError) as error:
+        raise ValueError(f"policy: the backward pass of {name} hides something ({hidden}), and whether it is the "
+                         f"derivative of its function cannot be told: {error}") from error
+    expected, found = sum(float(g.double().square().sum()) for g in gradients), float(slope.double().sum())
+    # Two thirds of the digits that the model computes with: float32's at most, which most fall back to in places.
+    if abs(found - expected) > max(torch.finfo(x).eps for x in (policy.dtype, torch.float32)) ** (2 / 3) * expected:
+        raise ValueError(f"policy: the backward pass of {name} is not the derivative of its function, as it hides "
+                         f"something ({hidden}): along a rollout's gradient the log-prob changes by {found:.4g}, not "
+                         f"{expected:.4g}")
 
 
 def _one_by_one(policy: Policy, rollouts: Rollouts, names: Sequence[str]) -> Iterator[SampleGradient]:
@@ -98,6 +135,7 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         unknown: names of the parameters that something was done with that no rule here covers; set by `backward`.
+        hidden: what has hidden something from the backward pass, if anything has.
     """
 
     def __init__(self, policy: Policy, rollouts: Rollouts):
@@ -113,6 +151,7 @@ class Watch(TorchFunctionMode):
         self.pending: dict[tuple[str, int | None], int] = defaultdict(int)
         self.arrived: dict[tuple[str, int | None], list[Factors]] = defaultdict(list)
         self.unknown: set[str] = set()
+        self.hidden: str | None = None
 
     def _copies(self, name: str) -> Tensor:
         if name not in self.leaves:
@@ -135,8 +174,19 @@ class Watch(TorchFunctionMode):
         if result is NotImplemented:
             # A parameter's gradient then goes past us, and `backward` sees it in the graph.
             result = func(*args, **kwargs)
+        self._follow_hidden(func, tensors, result)
         self.rows.follow(func, args, tensors, result, bool(args) and self._is_watched(args[0]))
         return result
+
+    def _follow_hidden(self, func, tensors: list[Tensor], result: Any) -> None:
+        """Note what ends the graph of something that depends on a parameter."""
+        if self.hidden is not None or not any(x.requires_grad for x in tensors):
+            return
+        name, grad = getattr(func, "__name__", str(func)), torch.is_grad_enabled()
+        for x in tree_leaves(result):
+            floating = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+            if isinstance(x, (float, complex)) or floating and (func in DETACHES or not grad):
+                self.hidden = name if grad else f"{name} without grad mode"
 
     def _made(self, func, args, kwargs, watched: list[_Watched]) -> Any:
         """What a function makes of parameters alone."""
@@ -225,12 +275,19 @@ class Watch(TorchFunctionMode):
 
 def _leaf_ids(total: Tensor) -> set[int]:
     """The leaves that a graph ends in."""
-    seen, stack, found = set(), [total.grad_fn], set()
+    return {id(node.variable) for node in _nodes(total) if hasattr(node, "variable")}
+
+
+def _has_custom_functions(total: Tensor) -> bool:
+    return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in _nodes(total))
+
+
+def _nodes(total: Tensor) -> Iterator[Any]:
+    """Of a graph, each once."""
+    seen, stack = set(), [total.grad_fn]
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            if hasattr(node, "variable"):
-                found.add(id(node.variable))
+            yield node
             stack.extend(before for before, _ in node.next_functions)
-    return found
