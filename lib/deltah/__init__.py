@@ -3,14 +3,8 @@
 from deltah import exact, objectives, statistics, training
 from deltah.book import figures, ledger
 from deltah.book.ledger import Ledger
-from deltah.dynamics import (
-    Attribution,
-    CriticalLearningRate,
-    EntropyChange,
-    attribution,
-    critical_learning_rate,
-    entropy_change,
-)
+from deltah.critical_rates import CriticalLearningRate, critical_learning_rate
+from deltah.dynamics import Attribution, EntropyChange, attribution, entropy_change
 from deltah.entropy import control_variate, entropy, truncated_entropy, variance_decomposition
 from deltah.estimates import Estimate
 from deltah.kernels import fisher_kernel, fisher_sketch

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from deltah import checks
@@ -164,4 +165,6 @@ def _checked(products: Tensor) -> Tensor:
     if products.ndim != 2 or min(products.shape) < 3:
         raise ValueError(f"products: expected a matrix with at least 3 rows and 3 columns, "
                          f"got shape {list(products.shape)}")
-    return checks.tensor("products", products, finite=True).detach().double()
+    if not torch.isfinite(products).all():
+        raise ValueError("products: expected finite numbers, got NaN or infinity")
+    return products.detach().double()
