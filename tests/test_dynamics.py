@@ -186,7 +186,10 @@ def test_bfloat16_parameters_give_about_the_same(shipped, problems):
     half = dh.Policy(copy.deepcopy(shipped.model).bfloat16(), shipped.tokenizer)
     update = dh.sample(shipped, problems.select(range(100, 108)), 8)
     direction = dh.update_direction(shipped, update, optimizer=torch.optim.SGD(shipped.parameters.values(), lr=0.1))
-    exact, rough = (dh.entropy_change(p, rollouts, direction, baseline="entropy") for p in (shipped, half))
+    exact, rough = (dh.entropy_change(p, rollouts, direction.vector, baseline="entropy") for p in (shipped, half))
+    with pytest.raises(ValueError, match="policy: its parameters have changed since this direction was made"):
+        # Rounded, they are others.
+        dh.entropy_change(half, rollouts, direction)
     assert rough.contributions.dtype == torch.float64
     assert rough.value == pytest.approx(exact.value, rel=0.1, abs=exact.standard_error / 2)
 

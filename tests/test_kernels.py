@@ -349,6 +349,13 @@ class Doubled(torch.autograd.Function):
         return (2.0 if ctx.true else 1.0) * gradient, None
 
 
+class OutsidePyTorch(Doubled):
+    @staticmethod
+    def forward(ctx, x, true):
+        ctx.true = true
+        return torch.from_numpy(2 * x.numpy())
+
+
 def without_grad(x):
     with torch.no_grad():
         return x.abs().amax(-1, keepdim=True)
@@ -363,6 +370,7 @@ HIDDEN = {
     "data": (lambda x: x * x.data.mean(), False),
     "no grad": (lambda x: x * without_grad(x), False),
     "number": (lambda x: x * float(x.mean()), False),
+    "custom function that nobody can see into": (lambda x: OutsidePyTorch.apply(x, True), False),
     "another backward": (lambda x: Doubled.apply(x, False), False),
     "straight through": (lambda x: x + ((4 * x).round() / 4 - x).detach(), False),
 }

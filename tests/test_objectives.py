@@ -74,9 +74,9 @@ def test_group_advantages():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [True, False])
 def test_equal_rewards_are_worth_exactly_nothing(dtype, scale):
-    for reward in (100.1, 1.0, 1 / 3, -7e-5, 0.0):
-        for count in (1, 3, 12, 300):
-            rewards = torch.cat([torch.full((count,), reward), torch.tensor([0.25, 0.75])]).to(dtype)
+    for reward in (100.1, 1.0, 1 / 3, 0.1, 2.3, -7e-5, 0.0):
+        for count in (1, 3, 12, 13, 300):
+            rewards = torch.tensor([reward] * count + [0.25, 0.75], dtype=torch.float64).to(dtype)
             groups = torch.cat([torch.full((count,), 7), torch.tensor([2, 2])])
             found = objectives.group_advantages(rewards, groups, scale)
             assert found.dtype == dtype and found[:count].tolist() == [0.0] * count

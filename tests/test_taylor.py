@@ -173,11 +173,11 @@ class StraightThrough(Hidden):
 def without_grad(x):
     with torch.no_grad():
         # Operations with rules of their own, the general rule, and a write.
-        return (x * 2).sin_().erf() + x.softmax(-1)
+        return F.mish((x * 2).sin_()) + x.softmax(-1)
 
 
 def with_grad(x):
-    return (x * 2).sin().erf() + x.softmax(-1)
+    return F.mish((x * 2).sin()) + x.softmax(-1)
 
 
 def written(x):
@@ -268,6 +268,7 @@ SPECIAL = {
     "detach": (lambda x: x * x.detach() + x.data * torch.detach(x).sin(), "jets", lambda x: x * x + x * x.sin()),
     "detached norm": (lambda x: x * (x[0, 0] / x.norm(dim=-1, keepdim=True).detach()), "jets",
                       lambda x: x * (x[0, 0] / x.norm(dim=-1, keepdim=True))),
+    "inference mode": (lambda x: x + torch.inference_mode()(torch.erf)(x).clone(), "jets", lambda x: x + x.erf()),
     "copied": (lambda x: x * torch.tensor(x), "jets", lambda x: x * x),
     "copied to its like": (lambda x: x * x.new_tensor(x), "jets", lambda x: x * x),
     "written after detach": (lambda x: x + x.detach().mul_(2), "jets", lambda x: 4 * x),
@@ -280,7 +281,6 @@ SPECIAL = {
     "in steps": (lambda x: x + x.clone().floor_() + x // 0.1, "nobody", None),
     "fake quantised": (lambda x: torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127).double(), "nobody",
                        None),
-    "inference mode": (lambda x: x + torch.inference_mode()(without_grad)(x).clone(), "nobody", None),
     "number": (lambda x: x * float(x.max()), "nobody", None),
     "list": (lambda x: x * torch.tensor(x[0, 0].tolist(), dtype=x.dtype), "nobody", None),
     "outside PyTorch": (lambda x: x + torch.from_numpy(x.detach().numpy()), "nobody", None),

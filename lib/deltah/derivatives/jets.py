@@ -55,9 +55,6 @@ class Jet(Tensor):
         kwargs, operation = kwargs or {}, func.overloadpacket
         if any(isinstance(x, Jet) for x in kwargs.values()) or "reduce" in kwargs:
             raise Refused(f"{func} with arguments that no rule knows")
-        if torch.is_inference_mode_enabled():
-            # Where forward mode, of which general rules are made, does nothing.
-            raise Refused(f"{func} in inference mode")
         if func._schema.is_mutable:
             return _in_place(func, args, kwargs)
         if operation is aten.detach:
@@ -205,7 +202,7 @@ def generic(func, args: Sequence, kwargs: Mapping) -> Any:
     def once(x, x_1):
         return torch.func.jvp(of, x, x_1)
 
-    # Here, below automatic differentiation, its part of PyTorch is switched off; a model may have switched off more.
+    # Here, below automatic differentiation, its part of PyTorch is switched off; a model may have left grad mode.
     off = torch._C._dispatch_tls_local_exclude_set()
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off - off), torch.enable_grad():
         if order == 1:
