@@ -602,8 +602,8 @@ E = dh.sample(policy, fresh, 1, max_new_tokens, seed=seed + training_steps + 1)
 
 # %%
 sgd = torch.optim.SGD(policy.parameters.values(), lr=1.0)
-directions = {"SGD": dh.update_direction(policy, U, "grpo", optimizer=sgd),
-              "AdamW": dh.update_direction(policy, U, "grpo", optimizer=optimizer)}
+directions = {"SGD": dh.update_direction(policy, U, "grpo", optimizer=sgd).vector,
+              "AdamW": dh.update_direction(policy, U, "grpo", optimizer=optimizer).vector}
 policy.model.float()
 orders = {name: [dh.entropy_change(policy, E, d, order) for order in (1, 2)] for name, d in directions.items()}
 

@@ -683,7 +683,8 @@ dh.figures.save(figure, results, "09-kernel")
 descent = torch.optim.SGD(policy.parameters.values(), lr=1.0)
 plain_direction = dh.update_direction(policy, update, "grpo", optimizer=descent)
 with_P = dh.attribution(policy, evaluation, direction, change)
-plain = dh.attribution(policy, evaluation, plain_direction, change)
+plain_change = dh.entropy_change(policy, evaluation, plain_direction, per="sequence")
+plain = dh.attribution(policy, evaluation, plain_direction, plain_change)
 for name, shaped, simple in (("rollouts", with_P.tokens.sum(1), plain.tokens.sum(1)),
                              ("tokens", with_P.tokens.flatten(), plain.tokens.flatten())):
     x, y = (shares.cpu()[(simple != 0).cpu()] for shares in (shaped, simple))
@@ -692,8 +693,8 @@ for name, shaped, simple in (("rollouts", with_P.tokens.sum(1), plain.tokens.sum
           f"in the larger half {float(same[y.abs() >= y.abs().median()].mean()):.0%}")
 
 # %% [markdown]
-# Both use the same estimate of the entropy's gradient, so that only $P$ differs. Its noise is common to both, and the
-# agreement says nothing about whether either attribution is *right*; its errors are those of batch E.
+# Both come from batch E and differ by $P$ and by what the learned baseline makes of each direction. Most of the noise is
+# common to both, and the agreement says nothing about whether either attribution is *right*.
 #
 # Finally the last step, taken by the training loop from the same state. The change of the parameters is the direction
 # that everything above was made of.

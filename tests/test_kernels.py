@@ -251,7 +251,7 @@ def unusual(kind):
 
 
 @pytest.mark.parametrize("kind", ["hidden", "hidden cast", "elementwise", "twice", "transposed", "rows", "in place",
-                                  "without a gradient", "no grad", "stacked"])
+                                  "without a gradient", "stacked"])
 def test_what_no_rule_covers_is_found_out(kind):
     policy, rollouts = unusual(kind), rollouts_for()
     matrix = gradients(policy, rollouts)
@@ -426,6 +426,11 @@ def test_a_backward_pass_that_is_not_the_derivative_is_refused(kind, dtype):
     for call in (dh.fisher_kernel, dh.fisher_sketch):
         with pytest.raises(ValueError, match="^policy: the backward pass of LlamaForCausalLM (is not the|hides some)"):
             call(policy, rollouts)
+
+
+def test_a_layer_called_once_more_without_grad_is_refused():
+    with pytest.raises(ValueError, match="is not the derivative of its function, as it hides .*linear without grad"):
+        dh.fisher_kernel(unusual("no grad"), rollouts_for())
 
 
 def test_dora_has_no_kernel_and_lora_has():

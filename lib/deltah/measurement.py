@@ -73,7 +73,7 @@ def measured_entropy_change(policy: Policy, rollouts: Rollouts, direction: Direc
     if max_new_tokens is not None and checks.integer("max_new_tokens", max_new_tokens) < steps:
         raise ValueError(f"max_new_tokens: expected at least the rollouts' {steps}, got {max_new_tokens}")
     steps = steps if max_new_tokens is None else int(max_new_tokens)
-    seed = checks.integer("seed", seed)
+    seed = checks.integer("seed", seed, minimum=0)
     batch_size = None if batch_size is None else checks.integer("batch_size", batch_size, minimum=1)
     v = vector_of(policy, direction)
     rollouts, rows = rollouts.to(policy.device), []

@@ -127,7 +127,8 @@ def weighted_gradient(policy: Policy, rollouts: Rollouts, rows: Sequence[Tensor]
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
                 gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-                total[name] = gradient if total[name] is None else total[name].add_(gradient)
+                # Into memory of its own: autograd may return one tensor for two parameters, or one expanded.
+                total[name] = gradient.clone() if total[name] is None else total[name].add_(gradient)
     return total
 
 
