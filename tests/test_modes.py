@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import deltah as dh
 from conftest import build_model, random_rollouts
 from deltah.models.modes import evaluation, forward_mode
+from deltah.updates import state_of
 
 V = 23
 
@@ -155,6 +157,25 @@ def test_two_threads_score_with_one_policy():
     assert not torch.allclose(wanted[0], wanted[1], atol=1e-2)
     for found, right in zip(in_threads(*functions, times=20), wanted, strict=True):
         assert len(found) == 20 and all(torch.equal(x, right) for x in found)
+
+
+def test_what_another_thread_has_put_in_for_a_while_makes_no_direction_stale():
+    policy, rollouts, inside = dh.Policy(build_model("qwen3", V)), rewarded(), threading.Event()
+    direction = dh.update_direction(policy, rollouts, optimizer=torch.optim.SGD(policy.parameters.values(), lr=1.0))
+
+    def wait(*_):
+        inside.set()
+        time.sleep(0.2)
+
+    handle = policy.model.register_forward_pre_hook(wait)
+    shifted = policy.shifted(direction.vector, 1.0)
+    other = threading.Thread(target=dh.score, args=(policy, rollouts, shifted))
+    other.start()
+    inside.wait()
+    now = state_of(policy)
+    other.join()
+    handle.remove()
+    direction.check_made_at(now)
 
 
 def test_one_thread_scores_while_others_take_derivatives():
