@@ -27,7 +27,8 @@ def test_what_is_no_integer_in_range(value, error):
 
 @pytest.mark.parametrize("value, error", [
     (True, TypeError), (None, TypeError), ("3", TypeError), (1j, TypeError), (torch.ones(2), TypeError),
-    (float("nan"), ValueError), (float("inf"), ValueError), (0, ValueError), (1.5, ValueError)])
+    (float("nan"), ValueError), (float("inf"), ValueError), (0, ValueError), (1.5, ValueError),
+    pytest.param(10**400, ValueError, id="huge")])
 def test_what_is_no_number_in_range(value, error):
     with pytest.raises(error, match=r"^x: expected a number > 0 and ≤ 1, got "):
         checks.number("x", value, above=0, maximum=1)

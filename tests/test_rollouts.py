@@ -97,7 +97,8 @@ def test_one_number_of_any_library_is_a_temperature(tmp_path, temperature):
 
 
 def test_integers_and_booleans_become_rewards():
-    for rewards in (torch.tensor([0, 1]), torch.tensor([False, True]), torch.tensor([0, 1], dtype=torch.uint8)):
+    for rewards in (torch.tensor([0, 1]), torch.tensor([False, True]), torch.tensor([0, 1], dtype=torch.uint8),
+                    torch.tensor([0.0, 1.0]).to(torch.float8_e4m3fn), torch.tensor([0.0, 1.0]).to(torch.float8_e5m2)):
         found = make(rewards=rewards).rewards
         assert found.dtype == torch.float32 and found.tolist() == [0, 1]
     found = make(advantages=torch.tensor([-1, 1])).advantages
@@ -133,8 +134,8 @@ def test_what_inference_mode_made_can_take_part_in_a_backward_pass(shipped, insi
 
 
 @pytest.mark.parametrize("rows, kept", [
-    (slice(1, None), [1, 2]), (slice(None, None, 2), [0, 2]), ([2, 0, 0], [2, 0, 0]), ((1,), [1]), (range(2), [0, 1]),
-    (np.array([2, -3]), [2, 0]), (torch.tensor([-1, 1], dtype=torch.int32), [2, 1]), ([True, False, True], [0, 2]),
+    (slice(1, None), [1, 2]), (slice(None, None, 2), [0, 2]), (slice(None, None, -1), [2, 1, 0]), ([2, 0, 0], [2, 0, 0]), ((1,), [1]), (range(2), [0, 1]),
+    (np.array([2, -3]), [2, 0]), (np.arange(3)[::-1], [2, 1, 0]), (torch.tensor([-1, 1], dtype=torch.int32), [2, 1]), ([True, False, True], [0, 2]),
     (torch.tensor([False, True, True]), [1, 2]), (np.array([True, False, False]), [0]),
 ])
 def test_select_keeps_the_rows_as_asked(rows, kept):
@@ -148,6 +149,8 @@ def test_select_keeps_the_rows_as_asked(rows, kept):
 @pytest.mark.parametrize("rows, error, message", [
     ([], ValueError, "rows: expected at least one rollout, got none"),
     (slice(2, None), ValueError, "rows: expected at least one rollout, got none"),
+    (slice("a"), TypeError, "rows: expected a slice of integers, got slice"),
+    (slice(None, None, 0), ValueError, "rows: expected a slice of integers, got slice"),
     ([False, False], ValueError, "rows: expected at least one rollout, got none"),
     ([True], ValueError, r"rows: expected shape \[2\], got \[1\]"),
     (torch.ones(3).bool(), ValueError, r"rows: expected shape \[2\], got \[3\]"),

@@ -54,9 +54,13 @@ def number(name: str, value: Any, minimum: float | None = None, above: float | N
     value = _item(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected {noun}, got {shown(value)}")
-    if not math.isfinite(value) or not _within(value, minimum, above, maximum, below):
+    try:
+        found = float(value)
+    except OverflowError:  # an integer that no floating-point number holds
+        found = math.inf
+    if not math.isfinite(found) or not _within(value, minimum, above, maximum, below):
         raise ValueError(f"{name}: expected {noun}, got {shown(value)}")
-    return float(value)
+    return found
 
 
 def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
