@@ -54,6 +54,30 @@ def assert_same(found, wanted):
         torch.testing.assert_close(found[name], wanted[name], atol=0, rtol=0, equal_nan=True, msg=name)
 
 
+def test_inference_mode_around_a_call_changes_no_number():
+    policy, rollouts = dh.Policy(with_dropout().eval()), rewarded()
+    wanted = results(policy, rollouts)
+    with torch.no_grad():
+        assert_same(results(policy, rollouts), wanted)
+    with torch.inference_mode():
+        assert_same(results(policy, rollouts), wanted)
+        optimizer = torch.optim.SGD(policy.parameters.values(), lr=0.1)
+        direction = dh.update_direction(policy, rollouts, "grpo", optimizer=optimizer)
+        change = dh.entropy_change(policy, rollouts, direction)
+        assert float(dh.attribution(policy, rollouts, direction, change).tokens.sum()) == pytest.approx(change.value)
+        first = direction.per_rollout(0)
+        assert dh.fisher_sketch(policy, rollouts, dimension=4).shape == (12, 4)
+        scores = dh.score(policy, rollouts)
+        assert dh.entropy(scores, rollouts, per="token").count == 6
+        loss = dh.training.policy_gradient_step(policy, rollouts, scores.log_probs, "grpo", optimizer)
+        assert torch.is_inference_mode_enabled() and abs(loss) < 1e-6
+    for x in (*direction.vector.values(), *first.values(), direction.token_weights, change.score_weights):
+        assert not x.is_inference()
+    moved = {name: wanted[f"direction {name}"] * 0.1 for name in policy.parameters}
+    for name, p in dh.Policy(with_dropout()).parameters.items():
+        torch.testing.assert_close(policy.parameters[name].detach() - p.detach(), moved[name], atol=1e-6, rtol=1e-3)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True, "reentrant"])
 def test_a_trainers_modes_change_no_number_and_stay(checkpointing):
     model, rollouts = with_dropout(), rewarded()

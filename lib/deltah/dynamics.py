@@ -79,6 +79,7 @@ class EntropyChange(Estimate):
             checks.instance(name, getattr(self, name), str, "a digest")
 
 
+@torch.inference_mode(False)
 def entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping[str, Tensor], order: int = 1,
                    per: str = "token", baseline: str = "regression", batch_size: int | None = None) -> EntropyChange:
     """The derivative of the policy's entropy along an update direction, from rollouts that did not make the update.
@@ -275,6 +276,7 @@ class Attribution(NamedTuple):
     weight_decay: float
 
 
+@torch.inference_mode(False)
 def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change: EntropyChange,
                 batch_size: int | None = None) -> Attribution:
     """Which tokens of the update, and what else in the optimizer, a first-order entropy change comes from.

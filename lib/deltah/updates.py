@@ -77,6 +77,7 @@ class Direction:
         rollouts = {name: v - self.momentum[name] - self.weight_decay[name] for name, v in self.vector.items()}
         return {"rollouts": rollouts, "momentum": self.momentum, "weight_decay": self.weight_decay}
 
+    @torch.inference_mode(False)
     def per_rollout(self, index: int) -> dict[str, Tensor]:
         """Rollout `index`'s part of v, by parameter name; over all rollouts they sum to parts["rollouts"].
 
@@ -111,6 +112,7 @@ class Direction:
         return "Direction(" + ", ".join(f"|{name}| = {norm:.3g}" for name, norm in norms.items()) + ")"
 
 
+@torch.inference_mode(False)
 def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Objective = "grpo",
                      optimizer: Optimizer | None = None, old_log_probs: Tensor | None = None,
                      max_gradient_norm: float | None = None, batch_size: int | None = None) -> Direction:
