@@ -164,6 +164,17 @@ def test_causes_sum_to_the_whole(per):
     assert causes.weight_decay == pytest.approx(float(share), rel=1e-9)
 
 
+def test_causes_sum_to_the_whole_within_the_rounding_of_autocast():
+    policy, evaluation = dh.Policy(build_model("qwen2", 50)), rollouts_for(50, prompts=6, seed=2)
+    optimizer = torch.optim.SGD(policy.parameters.values(), lr=0.01)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        direction = dh.update_direction(policy, rollouts_for(50), optimizer=optimizer)
+        change = dh.entropy_change(policy, evaluation, direction)
+        causes = dh.attribution(policy, evaluation, direction, change)
+    size = float(causes.tokens.abs().sum())
+    assert 1e-4 * size < abs(float(causes.tokens.sum()) - change.value) < 0.04 * size
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_batches_do_not_change_the_result(shipped, problems, order):
     rollouts = dh.sample(shipped, problems.select(range(12)), 2)

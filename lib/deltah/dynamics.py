@@ -335,7 +335,9 @@ def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change
     whole = float(tokens.sum()) + causes.momentum + causes.weight_decay
     size = float(tokens.abs().sum()) + abs(causes.momentum) + abs(causes.weight_decay)
     # Two thirds of the digits that the model computes with: float32's at most, which most fall back to in places.
-    if abs(whole - change.value) > max(torch.finfo(x).eps for x in (policy.dtype, torch.float32)) ** (2 / 3) * size:
+    kind = policy.device.type
+    kinds = [policy.dtype, torch.float32] + [torch.get_autocast_dtype(kind)] * torch.is_autocast_enabled(kind)
+    if abs(whole - change.value) > max(torch.finfo(x).eps for x in kinds) ** (2 / 3) * size:
         raise ValueError(f"policy: the parts sum to {whole:.4g}, and the change is {change.value:.4g}; the backward "
                          f"pass of {type(policy.model).__name__} is not the derivative of its function, as where it "
                          "detaches something that moves")
