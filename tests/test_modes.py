@@ -146,6 +146,14 @@ def test_training_mode_within_a_context_does_not_bring_dropout_back():
         torch.testing.assert_close(dh.score(policy, rewarded()).log_probs, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_one_layer_in_training_mode_does_not_bring_dropout_back(monkeypatch):
+    monkeypatch.setattr("deltah.policies.accepts", lambda kind, argument: False)
+    policy, ids = dh.Policy(with_dropout().eval()), torch.arange(12).view(2, 6)
+    wanted = policy.logits(ids, 2)
+    policy.model.transformer.drop.train()
+    assert torch.equal(policy.logits(ids, 2), wanted) and policy.model.transformer.drop.training
+
+
 def in_threads(*functions, times):
     """What each returns, in all calls, of as many threads."""
     found, errors, start = [[] for _ in functions], [], threading.Barrier(len(functions))

@@ -154,7 +154,7 @@ class Policy:
             return self.run({**arguments, "logits_to_keep": keep}, parameters)
         if length <= keep or not self.has_linear_output:
             return self.run(arguments, parameters)
-        with held(self.model):
+        with evaluation(self.model):
             forward = self.model.get_output_embeddings().forward
             # Scaled and capped at most, each position's logits depend on its own hidden state.
             with watched_output(self.model, lambda h: forward(h[:, -keep:] if h.shape[1:-1] == (length,) else h)):
