@@ -48,7 +48,8 @@ def test_choices():
     (torch.ones(2, dtype=torch.long), TypeError, r"floating-point numbers, got a int64 tensor of shape \[2\]"),
     (torch.ones(2, 3), ValueError, r"shape \[2\], got \[2, 3\]"),
     (torch.ones(3), ValueError, r"shape \[2\], got \[3\]"),
-    (torch.tensor([1.0, float("nan")]), ValueError, "finite numbers, got NaN or infinity")])
+    (torch.tensor([1.0, float("nan")]), ValueError, "finite numbers, got NaN or infinity"),
+    (torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn), ValueError, "finite numbers, got NaN or infinity")])
 def test_tensors(value, error, message):
     with pytest.raises(error, match=f"^x: expected {message}"):
         checks.tensor("x", value, (2,), "floating", finite=True)

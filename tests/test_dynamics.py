@@ -164,10 +164,15 @@ def test_causes_sum_to_the_whole(per):
     assert causes.weight_decay == pytest.approx(float(share), rel=1e-9)
 
 
-def test_causes_sum_to_the_whole_within_the_rounding_of_autocast():
-    policy, evaluation = dh.Policy(build_model("qwen2", 50)), rollouts_for(50, prompts=6, seed=2)
+@pytest.mark.parametrize("inside", [False, True])
+def test_causes_sum_to_the_whole_within_the_rounding_of_autocast(inside):
+    """Around the call, or around the model's forward, where Accelerate puts it."""
+    model, evaluation = build_model("qwen2", 50), rollouts_for(50, prompts=6, seed=2)
+    if inside:
+        model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    policy = dh.Policy(model)
     optimizer = torch.optim.SGD(policy.parameters.values(), lr=0.01)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not inside):
         direction = dh.update_direction(policy, rollouts_for(50), optimizer=optimizer)
         change = dh.entropy_change(policy, evaluation, direction)
         causes = dh.attribution(policy, evaluation, direction, change)

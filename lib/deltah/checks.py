@@ -112,7 +112,8 @@ def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, kind
         actual = list(value.shape[len(value.shape) - len(sizes):] if len(sizes) < len(shape) else value.shape)
         if len(actual) != len(sizes) or any(isinstance(s, int) and s != a for s, a in zip(sizes, actual, strict=True)):
             raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {list(value.shape)}")
-    if finite and not torch.isfinite(value).all():
+    # PyTorch does not ask this of eight-bit numbers.
+    if finite and not torch.isfinite(value.float() if is_floating and value.dtype.itemsize == 1 else value).all():
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
     return value
 

@@ -334,10 +334,8 @@ def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change
     causes = Attribution(tokens, along(direction.momentum), along(direction.weight_decay))
     whole = float(tokens.sum()) + causes.momentum + causes.weight_decay
     size = float(tokens.abs().sum()) + abs(causes.momentum) + abs(causes.weight_decay)
-    # Two thirds of the digits that the model computes with: float32's at most, which most fall back to in places.
-    kind = policy.device.type
-    kinds = [policy.dtype, torch.float32] + [torch.get_autocast_dtype(kind)] * torch.is_autocast_enabled(kind)
-    if abs(whole - change.value) > max(torch.finfo(x).eps for x in kinds) ** (2 / 3) * size:
+    # Two thirds of the digits that the model computes with.
+    if abs(whole - change.value) > policy.rounding() ** (2 / 3) * size:
         raise ValueError(f"policy: the parts sum to {whole:.4g}, and the change is {change.value:.4g}; the backward "
                          f"pass of {type(policy.model).__name__} is not the derivative of its function, as where it "
                          "detaches something that moves")

@@ -131,9 +131,29 @@ class Policy:
             return linear_output(self.model, lambda: self.run(arguments, parameters).logits)
 
     def _finds_linear_output(self) -> bool:
-        one_token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.no_grad():
-            return self._linear_output(one_token) is not None
+            return self._linear_output(self._one_token()) is not None
+
+    def _one_token(self) -> Tensor:
+        return torch.zeros(1, 1, dtype=torch.long, device=self.device)
+
+    def rounding(self) -> float:
+        """How far the numbers that the model computes with are apart, relatively.
+
+        Those of its own dtype, or of float32, which most fall back to in places, or of autocast around it or in it.
+        """
+        kinds = [self.dtype, torch.float32]
+        with evaluation(self.model), torch.no_grad():
+            forward = self.model.get_output_embeddings().forward
+
+            def asked(hidden):
+                device = hidden.device.type
+                kinds.extend([torch.get_autocast_dtype(device)] * torch.is_autocast_enabled(device))
+                return forward(hidden)
+
+            with watched_output(self.model, asked):
+                self.run({"input_ids": self._one_token(), "use_cache": False})
+        return max(torch.finfo(kind).eps for kind in kinds)
 
     def run(self, arguments: Mapping[str, Any], parameters: Mapping[str, Tensor] | None = None) -> Any:
         """The model's output for keyword `arguments`, with `parameters` in place of its own where given."""
