@@ -224,6 +224,9 @@ def test_bad_input_is_named(shipped, problems):
     rollouts = dh.sample(shipped, problems.select(range(6)), 1)
     v = random_direction(shipped)
     name = next(iter(v))
+    for wrong in (v[name].to_sparse(), v[name].to("meta")):
+        with pytest.raises(TypeError, match=rf"direction\['{name}'\]: expected a dense tensor with values, got torch"):
+            dh.entropy_change(shipped, rollouts, {name: wrong})
     for arguments, message in (
             (dict(order=3), "order: expected one of 1, 2, got 3"),
             (dict(per="word"), "per: expected one of sequence, token, got 'word'"),

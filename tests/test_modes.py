@@ -238,6 +238,32 @@ def test_one_thread_scores_while_others_take_derivatives():
     assert [policy.model.config._attn_implementation for policy in policies] == attention
 
 
+def test_a_kernel_that_needs_forward_mode_does_not_wait_for_a_thread_that_waits_for_it():
+    model, inside = build_model("llama", V), threading.Event()
+    # The backward pass does not see this, so that the kernel looks at it in forward mode.
+    model.model.norm.register_forward_hook(lambda module, arguments, h: (h - h.detach().mean()) + h.detach().mean())
+    policy, rollouts = dh.Policy(model), rewarded()
+
+    def wait(*_):
+        if not inside.is_set():
+            inside.set()
+            time.sleep(0.3)
+
+    def other():
+        with policy.forward_mode():
+            dh.score(policy, rollouts)
+
+    model.register_forward_pre_hook(wait)
+    threads = [threading.Thread(target=dh.fisher_kernel, args=(policy, rollouts), daemon=True),
+               threading.Thread(target=other, daemon=True)]
+    threads[0].start()
+    inside.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def test_forward_mode_switches_nothing_for_other_threads():
     """PyTorch's own switch of attention holds for the whole process."""
     enabled = (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.mem_efficient_sdp_enabled)

@@ -118,6 +118,13 @@ def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, kind
     return value
 
 
+def dense(name: str, value: Any) -> Tensor:
+    """A tensor whose values are there, each in a place of its own: not sparse, nor on the device "meta"."""
+    if tensor(name, value).is_meta or value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor with values, got {value.layout} on {value.device}")
+    return value
+
+
 def _item(value: Any) -> Any:
     if isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex():
         return value.item()

@@ -206,7 +206,7 @@ class Policy:
         """Raise ValueError where tensors by name, such as a direction, have a part that no trainable parameter has."""
         own = self.parameters
         for name, v in checks.instance(argument, tensors, Mapping, "tensors by name").items():
-            checks.tensor(f"{argument}[{name!r}]", v, kind="number")
+            checks.dense(f"{argument}[{name!r}]", checks.tensor(f"{argument}[{name!r}]", v, kind="number"))
             if name not in own or v.shape != own[name].shape:
                 expected = f"shape {list(own[name].shape)}" if name in own else "the name of a trainable parameter"
                 raise ValueError(f"{argument}[{name!r}]: expected {expected}, got {name!r} of shape {list(v.shape)}")

@@ -202,9 +202,7 @@ def _checked(name: str, value: Tensor | None, kind: str) -> Tensor | None:
     """A field of the dtype that it has from now on, and no tensor of inference mode."""
     if value is None and kind == "number":
         return None
-    checks.tensor(name, value)
-    if value.is_meta or value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor with values, got {value.layout} on {value.device}")
+    checks.dense(name, value)
     if kind == "integer":
         value = checks.tensor(name, value, kind="integer").long()
     elif kind == "mask":
