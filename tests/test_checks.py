@@ -27,7 +27,8 @@ def test_what_is_no_integer_in_range(value, error):
 
 @pytest.mark.parametrize("value, error", [
     (True, TypeError), (None, TypeError), ("3", TypeError), (1j, TypeError), (torch.ones(2), TypeError),
-    (float("nan"), ValueError), (float("inf"), ValueError), (0, ValueError), (1.5, ValueError)])
+    (float("nan"), ValueError), (float("inf"), ValueError), (0, ValueError), (1.5, ValueError),
+    pytest.param(10**400, ValueError, id="huge")])
 def test_what_is_no_number_in_range(value, error):
     with pytest.raises(error, match=r"^x: expected a number > 0 and ≤ 1, got "):
         checks.number("x", value, above=0, maximum=1)
@@ -47,7 +48,8 @@ def test_choices():
     (torch.ones(2, dtype=torch.long), TypeError, r"floating-point numbers, got a int64 tensor of shape \[2\]"),
     (torch.ones(2, 3), ValueError, r"shape \[2\], got \[2, 3\]"),
     (torch.ones(3), ValueError, r"shape \[2\], got \[3\]"),
-    (torch.tensor([1.0, float("nan")]), ValueError, "finite numbers, got NaN or infinity")])
+    (torch.tensor([1.0, float("nan")]), ValueError, "finite numbers, got NaN or infinity"),
+    (torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn), ValueError, "finite numbers, got NaN or infinity")])
 def test_tensors(value, error, message):
     with pytest.raises(error, match=f"^x: expected {message}"):
         checks.tensor("x", value, (2,), "floating", finite=True)

@@ -164,6 +164,22 @@ def test_causes_sum_to_the_whole(per):
     assert causes.weight_decay == pytest.approx(float(share), rel=1e-9)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_causes_sum_to_the_whole_within_the_rounding_of_autocast(inside):
+    """Around the call, or around the model's forward, where Accelerate puts it."""
+    model, evaluation = build_model("qwen2", 50), rollouts_for(50, prompts=6, seed=2)
+    if inside:
+        model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    policy = dh.Policy(model)
+    optimizer = torch.optim.SGD(policy.parameters.values(), lr=0.01)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not inside):
+        direction = dh.update_direction(policy, rollouts_for(50), optimizer=optimizer)
+        change = dh.entropy_change(policy, evaluation, direction)
+        causes = dh.attribution(policy, evaluation, direction, change)
+    size = float(causes.tokens.abs().sum())
+    assert 1e-4 * size < abs(float(causes.tokens.sum()) - change.value) < 0.04 * size
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_batches_do_not_change_the_result(shipped, problems, order):
     rollouts = dh.sample(shipped, problems.select(range(12)), 2)
@@ -208,6 +224,9 @@ def test_bad_input_is_named(shipped, problems):
     rollouts = dh.sample(shipped, problems.select(range(6)), 1)
     v = random_direction(shipped)
     name = next(iter(v))
+    for wrong in (v[name].to_sparse(), v[name].to("meta")):
+        with pytest.raises(TypeError, match=rf"direction\['{name}'\]: expected a dense tensor with values, got torch"):
+            dh.entropy_change(shipped, rollouts, {name: wrong})
     for arguments, message in (
             (dict(order=3), "order: expected one of 1, 2, got 3"),
             (dict(per="word"), "per: expected one of sequence, token, got 'word'"),

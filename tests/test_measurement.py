@@ -69,6 +69,26 @@ def test_far_away_weights_collapse_and_say_so(enumerated):
     assert not coupled.collapsed[0]
 
 
+def test_weights_too_large_for_a_number_have_collapsed(enumerated):
+    policy, every, _, _ = enumerated
+    zeros = torch.zeros(len(every), every.response_mask.shape[1], dtype=torch.float64)
+    before = dh.TokenScores(zeros, zeros + 1)
+    for log_probs in (zeros + 300, torch.linspace(0, 900, len(every), dtype=torch.float64)[:, None] + zeros):
+        change, size = measurement._reweighted(every, before, dh.TokenScores(log_probs, zeros + 1), "token")
+        assert change is None and 0 < size <= len(every)
+    # Weights that have only been large in between have not.
+    back = torch.tensor([800.0, -800.0] + [0.0] * (zeros.shape[1] - 2), dtype=torch.float64) * torch.ones_like(zeros)
+    change, size = measurement._reweighted(every, before, dh.TokenScores(back, zeros + 1), "sequence")
+    assert change.value == 0 and size == pytest.approx(len(every))
+
+
+def test_a_token_stays_where_the_shifted_policy_has_nothing_in_excess(enumerated):
+    policy, every, _, _ = enumerated
+    uniforms = torch.full((len(every), 1), 0.5, dtype=torch.float64)
+    drawn = measurement._drawn(policy, every, every.lengths - 1, policy.shifted({}, 1.0), uniforms, None)
+    assert torch.equal(drawn, every.response_ids.gather(1, every.lengths[:, None] - 1)[:, 0])
+
+
 def test_small_steps_follow_the_prediction(shipped, problems):
     policy = dh.exact.exact_policy(dh.load_policy("data/policy", device="cpu").model)
     update = dh.sample(shipped, problems.select(range(900, 904)), 8, seed=1)

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import deltah as dh
 from conftest import build_model, random_rollouts
 from deltah.models.modes import evaluation, forward_mode
+from deltah.updates import state_of
 
 V = 23
 
@@ -50,6 +52,30 @@ def assert_same(found, wanted):
     assert found.keys() == wanted.keys()
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], atol=0, rtol=0, equal_nan=True, msg=name)
+
+
+def test_inference_mode_around_a_call_changes_no_number():
+    policy, rollouts = dh.Policy(with_dropout().eval()), rewarded()
+    wanted = results(policy, rollouts)
+    with torch.no_grad():
+        assert_same(results(policy, rollouts), wanted)
+    with torch.inference_mode():
+        assert_same(results(policy, rollouts), wanted)
+        optimizer = torch.optim.SGD(policy.parameters.values(), lr=0.1)
+        direction = dh.update_direction(policy, rollouts, "grpo", optimizer=optimizer)
+        change = dh.entropy_change(policy, rollouts, direction)
+        assert float(dh.attribution(policy, rollouts, direction, change).tokens.sum()) == pytest.approx(change.value)
+        first = direction.per_rollout(0)
+        assert dh.fisher_sketch(policy, rollouts, dimension=4).shape == (12, 4)
+        scores = dh.score(policy, rollouts)
+        assert dh.entropy(scores, rollouts, per="token").count == 6
+        loss = dh.training.policy_gradient_step(policy, rollouts, scores.log_probs, "grpo", optimizer)
+        assert torch.is_inference_mode_enabled() and abs(loss) < 1e-6
+    for x in (*direction.vector.values(), *first.values(), direction.token_weights, change.score_weights):
+        assert not x.is_inference()
+    moved = {name: wanted[f"direction {name}"] * 0.1 for name in policy.parameters}
+    for name, p in dh.Policy(with_dropout()).parameters.items():
+        torch.testing.assert_close(policy.parameters[name].detach() - p.detach(), moved[name], atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, "reentrant"])
@@ -120,6 +146,14 @@ def test_training_mode_within_a_context_does_not_bring_dropout_back():
         torch.testing.assert_close(dh.score(policy, rewarded()).log_probs, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_one_layer_in_training_mode_does_not_bring_dropout_back(monkeypatch):
+    monkeypatch.setattr("deltah.policies.accepts", lambda kind, argument: False)
+    policy, ids = dh.Policy(with_dropout().eval()), torch.arange(12).view(2, 6)
+    wanted = policy.logits(ids, 2)
+    policy.model.transformer.drop.train()
+    assert torch.equal(policy.logits(ids, 2), wanted) and policy.model.transformer.drop.training
+
+
 def in_threads(*functions, times):
     """What each returns, in all calls, of as many threads."""
     found, errors, start = [[] for _ in functions], [], threading.Barrier(len(functions))
@@ -157,6 +191,25 @@ def test_two_threads_score_with_one_policy():
         assert len(found) == 20 and all(torch.equal(x, right) for x in found)
 
 
+def test_what_another_thread_has_put_in_for_a_while_makes_no_direction_stale():
+    policy, rollouts, inside = dh.Policy(build_model("qwen3", V)), rewarded(), threading.Event()
+    direction = dh.update_direction(policy, rollouts, optimizer=torch.optim.SGD(policy.parameters.values(), lr=1.0))
+
+    def wait(*_):
+        inside.set()
+        time.sleep(0.2)
+
+    handle = policy.model.register_forward_pre_hook(wait)
+    shifted = policy.shifted(direction.vector, 1.0)
+    other = threading.Thread(target=dh.score, args=(policy, rollouts, shifted))
+    other.start()
+    inside.wait()
+    now = state_of(policy)
+    other.join()
+    handle.remove()
+    direction.check_made_at(now)
+
+
 def test_one_thread_scores_while_others_take_derivatives():
     policies = [dh.Policy(build_model(name, V)) for name in ("gpt2", "qwen3_moe")]
     rollouts = rewarded()
@@ -183,6 +236,32 @@ def test_one_thread_scores_while_others_take_derivatives():
         for x in found:
             torch.testing.assert_close(x, right, atol=1e-6, rtol=1e-5)
     assert [policy.model.config._attn_implementation for policy in policies] == attention
+
+
+def test_a_kernel_that_needs_forward_mode_does_not_wait_for_a_thread_that_waits_for_it():
+    model, inside = build_model("llama", V), threading.Event()
+    # The backward pass does not see this, so that the kernel looks at it in forward mode.
+    model.model.norm.register_forward_hook(lambda module, arguments, h: (h - h.detach().mean()) + h.detach().mean())
+    policy, rollouts = dh.Policy(model), rewarded()
+
+    def wait(*_):
+        if not inside.is_set():
+            inside.set()
+            time.sleep(0.3)
+
+    def other():
+        with policy.forward_mode():
+            dh.score(policy, rollouts)
+
+    model.register_forward_pre_hook(wait)
+    threads = [threading.Thread(target=dh.fisher_kernel, args=(policy, rollouts), daemon=True),
+               threading.Thread(target=other, daemon=True)]
+    threads[0].start()
+    inside.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_forward_mode_switches_nothing_for_other_threads():

@@ -111,6 +111,14 @@ def test_rewards_need_the_mark_and_the_right_answer():
         dh.score_answers(["a"], ["a", "b"])
 
 
+def test_rewards_are_float32_whatever_pytorch_s_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert dh.score_answers(["#### 4"], ["4"]).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("answer, error", [
     ("", ValueError), ("####", ValueError), ("#### \n", ValueError), (" \u2009", ValueError), ("$", ValueError),
     (".", ValueError), (r"\boxed{}", ValueError), (float("nan"), ValueError), (float("inf"), ValueError),

@@ -97,7 +97,8 @@ def test_one_number_of_any_library_is_a_temperature(tmp_path, temperature):
 
 
 def test_integers_and_booleans_become_rewards():
-    for rewards in (torch.tensor([0, 1]), torch.tensor([False, True]), torch.tensor([0, 1], dtype=torch.uint8)):
+    for rewards in (torch.tensor([0, 1]), torch.tensor([False, True]), torch.tensor([0, 1], dtype=torch.uint8),
+                    torch.tensor([0.0, 1.0]).to(torch.float8_e4m3fn), torch.tensor([0.0, 1.0]).to(torch.float8_e5m2)):
         found = make(rewards=rewards).rewards
         assert found.dtype == torch.float32 and found.tolist() == [0, 1]
     found = make(advantages=torch.tensor([-1, 1])).advantages
@@ -133,8 +134,9 @@ def test_what_inference_mode_made_can_take_part_in_a_backward_pass(shipped, insi
 
 
 @pytest.mark.parametrize("rows, kept", [
-    (slice(1, None), [1, 2]), (slice(None, None, 2), [0, 2]), ([2, 0, 0], [2, 0, 0]), ((1,), [1]), (range(2), [0, 1]),
-    (np.array([2, -3]), [2, 0]), (torch.tensor([-1, 1], dtype=torch.int32), [2, 1]), ([True, False, True], [0, 2]),
+    (slice(1, None), [1, 2]), (slice(None, None, 2), [0, 2]), (slice(None, None, -1), [2, 1, 0]),
+    ([2, 0, 0], [2, 0, 0]), ((1,), [1]), (range(2), [0, 1]), (np.array([2, -3]), [2, 0]),
+    (np.arange(3)[::-1], [2, 1, 0]), (torch.tensor([-1, 1], dtype=torch.int32), [2, 1]), ([True, False, True], [0, 2]),
     (torch.tensor([False, True, True]), [1, 2]), (np.array([True, False, False]), [0]),
 ])
 def test_select_keeps_the_rows_as_asked(rows, kept):
@@ -148,6 +150,8 @@ def test_select_keeps_the_rows_as_asked(rows, kept):
 @pytest.mark.parametrize("rows, error, message", [
     ([], ValueError, "rows: expected at least one rollout, got none"),
     (slice(2, None), ValueError, "rows: expected at least one rollout, got none"),
+    (slice("a"), TypeError, "rows: expected a slice of integers, got slice"),
+    (slice(None, None, 0), ValueError, "rows: expected a slice of integers, got slice"),
     ([False, False], ValueError, "rows: expected at least one rollout, got none"),
     ([True], ValueError, r"rows: expected shape \[2\], got \[1\]"),
     (torch.ones(3).bool(), ValueError, r"rows: expected shape \[2\], got \[3\]"),
@@ -429,6 +433,7 @@ def test_the_gpu_gives_the_same_tokens(shipped, problems):
     ({"top_p": 1.5}, "top_p: expected a number > 0 and ≤ 1, got 1.5"),
     ({"seed": -1}, "seed: expected an integer ≥ 0"),
     ({"batch_size": 0}, "batch_size: expected an integer ≥ 1"),
+    ({"prompts": ["a", "b\ud83d"]}, r"prompts\[1\]: expected text, got half of a character"),
     ({"prompts": ["7" * 3000]}, r"prompts\[0\]: has 3000 tokens; with max_new_tokens=64 .* context of 2048"),
     ({"prompts": ["7" * 2000], "max_new_tokens": 49}, r"prompts\[0\]: has 2000 tokens; with max_new_tokens=49"),
 ])

@@ -82,6 +82,15 @@ def test_direction_is_what_the_optimizer_does_after_several_steps(name, dtype, t
         assert relative_error(direction.vector, change) < tolerance
 
 
+def test_a_momentum_that_was_switched_off_takes_its_dampening_along():
+    policy = dh.Policy(build_model("qwen2", 11, torch.float64))
+    optimizer = torch.optim.SGD(policy.parameters.values(), lr=1e-2, momentum=0.9, dampening=0.3)
+    real_change(policy, rollouts_for(11), optimizer, "grpo")
+    optimizer.param_groups[0]["momentum"] = 0.0
+    direction = dh.update_direction(policy, rollouts_for(11), "grpo", optimizer=optimizer)
+    assert relative_error(direction.vector, real_change(policy, rollouts_for(11), optimizer, "grpo")) < 1e-12
+
+
 @pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "gspo"])
 def test_the_parts_of_a_direction_sum_to_it(objective, random_policy):
     policy = dh.exact.exact_policy(random_policy.model)

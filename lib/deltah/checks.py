@@ -54,9 +54,13 @@ def number(name: str, value: Any, minimum: float | None = None, above: float | N
     value = _item(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected {noun}, got {shown(value)}")
-    if not math.isfinite(value) or not _within(value, minimum, above, maximum, below):
+    try:
+        found = float(value)
+    except OverflowError:  # an integer that no floating-point number holds
+        found = math.inf
+    if not math.isfinite(found) or not _within(value, minimum, above, maximum, below):
         raise ValueError(f"{name}: expected {noun}, got {shown(value)}")
-    return float(value)
+    return found
 
 
 def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
@@ -108,8 +112,16 @@ def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, kind
         actual = list(value.shape[len(value.shape) - len(sizes):] if len(sizes) < len(shape) else value.shape)
         if len(actual) != len(sizes) or any(isinstance(s, int) and s != a for s, a in zip(sizes, actual, strict=True)):
             raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {list(value.shape)}")
-    if finite and not torch.isfinite(value).all():
+    # PyTorch does not ask this of eight-bit numbers.
+    if finite and not torch.isfinite(value.float() if is_floating and value.dtype.itemsize == 1 else value).all():
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    return value
+
+
+def dense(name: str, value: Any) -> Tensor:
+    """A tensor whose values are there, each in a place of its own: not sparse, nor on the device "meta"."""
+    if tensor(name, value).is_meta or value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor with values, got {value.layout} on {value.device}")
     return value
 
 

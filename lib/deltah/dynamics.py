@@ -79,6 +79,7 @@ class EntropyChange(Estimate):
             checks.instance(name, getattr(self, name), str, "a digest")
 
 
+@torch.inference_mode(False)
 def entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping[str, Tensor], order: int = 1,
                    per: str = "token", baseline: str = "regression", batch_size: int | None = None) -> EntropyChange:
     """The derivative of the policy's entropy along an update direction, from rollouts that did not make the update.
@@ -275,6 +276,7 @@ class Attribution(NamedTuple):
     weight_decay: float
 
 
+@torch.inference_mode(False)
 def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change: EntropyChange,
                 batch_size: int | None = None) -> Attribution:
     """Which tokens of the update, and what else in the optimizer, a first-order entropy change comes from.
@@ -332,8 +334,8 @@ def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change
     causes = Attribution(tokens, along(direction.momentum), along(direction.weight_decay))
     whole = float(tokens.sum()) + causes.momentum + causes.weight_decay
     size = float(tokens.abs().sum()) + abs(causes.momentum) + abs(causes.weight_decay)
-    # Two thirds of the digits that the model computes with: float32's at most, which most fall back to in places.
-    if abs(whole - change.value) > max(torch.finfo(x).eps for x in (policy.dtype, torch.float32)) ** (2 / 3) * size:
+    # Two thirds of the digits that the model computes with.
+    if abs(whole - change.value) > policy.rounding() ** (2 / 3) * size:
         raise ValueError(f"policy: the parts sum to {whole:.4g}, and the change is {change.value:.4g}; the backward "
                          f"pass of {type(policy.model).__name__} is not the derivative of its function, as where it "
                          "detaches something that moves")

@@ -122,7 +122,7 @@ class Estimate:
         for i, column in enumerate(samples.unbind(1)):
             _check(column, f"samples[:, {i}]", clusters)
         samples = samples.detach().double()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             means = samples.mean(0).requires_grad_()
             value = function(means)
             (gradient,) = torch.autograd.grad(value, means)

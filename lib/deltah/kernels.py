@@ -43,6 +43,7 @@ OF_FACTORS, OF_PASS, OF_EACH = 0.55, 0.25, 0.05
 HASHED = 2**18
 
 
+@torch.inference_mode(False)
 def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = None,
                   preconditioner: Mapping[str, Tensor] | None = None, level: str = "sequence",
                   batch_size: int | None = None) -> Tensor:
@@ -112,6 +113,7 @@ def fisher_kernel(policy: Policy, rollouts: Rollouts, others: Rollouts | None = 
     return kernel.to(torch.promote_types(policy.dtype, torch.float32))
 
 
+@torch.inference_mode(False)
 def fisher_sketch(policy: Policy, rollouts: Rollouts, dimension: int = 4096,
                   preconditioner: Mapping[str, Tensor] | None = None, level: str = "sequence", seed: int = 0,
                   batch_size: int | None = None) -> Tensor:

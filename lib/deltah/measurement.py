@@ -34,6 +34,7 @@ METHODS = ("importance", "coupled")
 COLLAPSED = 0.5
 
 
+@torch.inference_mode(False)
 def measured_entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping[str, Tensor],
                             learning_rates: Iterable[float], per: str = "token", method: str = "importance",
                             seed: int = 0, max_new_tokens: int | None = None,
@@ -116,13 +117,16 @@ def _reweighted(rollouts: Rollouts, before: TokenScores, after: TokenScores,
     """The change, None where the weights have collapsed, and the effective sample size."""
     mask = rollouts.response_mask
     log_ratios = (after.log_probs.double() - before.log_probs.double()).cumsum(1)
-    weights = torch.cat([torch.zeros_like(log_ratios[:, :1]), log_ratios[:, :-1]], 1).exp()
+    # Relative to the largest at each position, as a weight itself may be too large for a number.
+    size = float(_relative(log_ratios[:, -1]).sum().square() / _relative(log_ratios[:, -1]).square().sum())
     whole = log_ratios[:, -1].exp()
-    size = float(whole.sum().square() / whole.square().sum())
+    if not size >= COLLAPSED * len(rollouts) or not torch.isfinite(whole.square()).all():
+        return None, size
     spread = Estimate.mean(whole, rollouts.prompt_index)
     # E[w] = 1: a mean far from it has missed responses that the shifted policy gives.
-    if not size >= COLLAPSED * len(rollouts) or abs(spread.value - 1) > 4 * spread.standard_error + 1e-6:
+    if abs(spread.value - 1) > 4 * spread.standard_error + 1e-6:
         return None, size
+    weights = _relative(torch.cat([torch.zeros_like(log_ratios[:, :1]), log_ratios[:, :-1]], 1))
     weights = weights / weights.mean(0)
 
     def moved(x: Tensor) -> Tensor:
@@ -136,6 +140,11 @@ def _reweighted(rollouts: Rollouts, before: TokenScores, after: TokenScores,
         return Estimate.mean(samples[0] - samples[1], rollouts.prompt_index), size
     samples += [moved(mask.double()), mask.double().sum(1)]
     return _ratios(*samples, rollouts.prompt_index), size
+
+
+def _relative(logs: Tensor) -> Tensor:
+    """Weights [N, ...] by their logarithms, of which the largest of the N becomes 1."""
+    return (logs - logs.amax(0)).exp()
 
 
 def _difference(rollouts: Rollouts, before: TokenScores, moved: Rollouts, after: TokenScores, per: str) -> Estimate:
@@ -176,6 +185,8 @@ def _drawn(policy: Policy, rollouts: Rollouts, position: Tensor, parameters: Map
            batch_size: int | None) -> Tensor:
     """Response token `position` [n], drawn from what the policy at `parameters` has in excess of its own, [n].
 
+    Where it has nothing in excess, because the two differ by rounding alone, the token stays.
+
     Args:
         uniforms: [n, 1], which pick the token from the cumulative excess.
     """
@@ -193,7 +204,9 @@ def _drawn(policy: Policy, rollouts: Rollouts, position: Tensor, parameters: Map
     for rows in batches(policy, rollouts, batch_size):
         own, other = (_next_token_probs(policy, rollouts.select(rows), position[rows], p) for p in (None, parameters))
         excess = (other - own).clamp_(min=0).cumsum(1)
-        drawn[rows] = torch.searchsorted(excess, uniforms[rows] * excess[:, -1:], right=True)[:, 0]
+        found = torch.searchsorted(excess, uniforms[rows] * excess[:, -1:], right=True)[:, 0]
+        kept = rollouts.response_ids[rows, position[rows]]
+        drawn[rows] = torch.where(excess[:, -1] > 0, found, kept)
     return drawn
 
 

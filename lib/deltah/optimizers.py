@@ -43,7 +43,9 @@ class Terms(NamedTuple):
 
 
 def _sgd(group: dict[str, Any], state: dict[str, Any], p: Tensor, g: Tensor) -> Terms:
-    momentum, memory = group["momentum"], state.get("momentum_buffer")
+    momentum = group["momentum"]
+    # Without momentum, what an earlier step has left in the buffer is not looked at.
+    memory = state.get("momentum_buffer") if momentum else None
     # The first gradient enters the buffer undampened.
     fresh, kept = (1.0, 0.0) if memory is None else (1 - group["dampening"], momentum * memory)
     if group["nesterov"]:

@@ -131,9 +131,29 @@ class Policy:
             return linear_output(self.model, lambda: self.run(arguments, parameters).logits)
 
     def _finds_linear_output(self) -> bool:
-        one_token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.no_grad():
-            return self._linear_output(one_token) is not None
+            return self._linear_output(self._one_token()) is not None
+
+    def _one_token(self) -> Tensor:
+        return torch.zeros(1, 1, dtype=torch.long, device=self.device)
+
+    def rounding(self) -> float:
+        """How far the numbers that the model computes with are apart, relatively.
+
+        Those of its own dtype, or of float32, which most fall back to in places, or of autocast around it or in it.
+        """
+        kinds = [self.dtype, torch.float32]
+        with evaluation(self.model), torch.no_grad():
+            forward = self.model.get_output_embeddings().forward
+
+            def asked(hidden):
+                device = hidden.device.type
+                kinds.extend([torch.get_autocast_dtype(device)] * torch.is_autocast_enabled(device))
+                return forward(hidden)
+
+            with watched_output(self.model, asked):
+                self.run({"input_ids": self._one_token(), "use_cache": False})
+        return max(torch.finfo(kind).eps for kind in kinds)
 
     def run(self, arguments: Mapping[str, Any], parameters: Mapping[str, Tensor] | None = None) -> Any:
         """The model's output for keyword `arguments`, with `parameters` in place of its own where given."""
@@ -154,7 +174,7 @@ class Policy:
             return self.run({**arguments, "logits_to_keep": keep}, parameters)
         if length <= keep or not self.has_linear_output:
             return self.run(arguments, parameters)
-        with held(self.model):
+        with evaluation(self.model):
             forward = self.model.get_output_embeddings().forward
             # Scaled and capped at most, each position's logits depend on its own hidden state.
             with watched_output(self.model, lambda h: forward(h[:, -keep:] if h.shape[1:-1] == (length,) else h)):
@@ -186,7 +206,7 @@ class Policy:
         """Raise ValueError where tensors by name, such as a direction, have a part that no trainable parameter has."""
         own = self.parameters
         for name, v in checks.instance(argument, tensors, Mapping, "tensors by name").items():
-            checks.tensor(f"{argument}[{name!r}]", v, kind="number")
+            checks.dense(f"{argument}[{name!r}]", checks.tensor(f"{argument}[{name!r}]", v, kind="number"))
             if name not in own or v.shape != own[name].shape:
                 expected = f"shape {list(own[name].shape)}" if name in own else "the name of a trainable parameter"
                 raise ValueError(f"{argument}[{name!r}]: expected {expected}, got {name!r} of shape {list(v.shape)}")

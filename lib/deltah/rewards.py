@@ -309,7 +309,7 @@ def _expected(texts: Sequence[str], rows: Rows) -> list[str]:
 
 
 def _equal(found: Sequence[str | None], expected: Sequence[str]) -> Tensor:
-    return torch.tensor([float(f == e) for f, e in zip(found, expected, strict=True)])
+    return torch.tensor([float(f == e) for f, e in zip(found, expected, strict=True)], dtype=torch.float32)
 
 
 def _verdicts(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:

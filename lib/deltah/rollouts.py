@@ -31,8 +31,8 @@ class Rollouts:
         attention_mask: [N, P+T] bool, True at the tokens of prompt and response.
         response_mask: [N, T] bool, True from the response's first token to its first EOS, inclusive.
         prompt_index: [N] int64; rollouts of one prompt share it: the unit of sampling.
-        rewards: [N] floating, or None; integers and booleans become float32.
-        advantages: [N] floating, or None; integers become float32.
+        rewards: [N] floating, or None; integers, booleans and eight-bit numbers become float32.
+        advantages: [N] floating, or None; integers and eight-bit numbers become float32.
         temperature: at which the responses were sampled, and are to be scored.
 
     Tensors made under `torch.inference_mode` are copied into normal ones, which can take part in a backward pass.
@@ -114,10 +114,12 @@ class Rollouts:
         Raises:
             ValueError: no rows, indices out of range, or a mask of another length. TypeError: anything else.
         """
-        if not isinstance(rows, slice):
-            rows = self._indices(rows)
-        elif not range(len(self))[rows]:
-            raise ValueError("rows: expected at least one rollout, got none")
+        if isinstance(rows, slice):
+            try:
+                rows = range(len(self))[rows]
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"rows: expected a slice of integers, got {rows} ({error})") from error
+        rows = self._indices(rows)
         return replace(self, **{name: value[rows] for name, value in self._tensors().items()})
 
     def to(self, device: torch.device | str) -> Rollouts:
@@ -176,6 +178,8 @@ class Rollouts:
         if not isinstance(rows, (Tensor, np.ndarray, Sequence)) or isinstance(rows, str):
             raise TypeError(f"rows: expected a slice, indices or a mask, got {checks.shown(rows)}")
         try:
+            # A copy, because tensors have no negative strides.
+            rows = rows.copy() if isinstance(rows, np.ndarray) else rows
             rows = torch.as_tensor(rows, device=self.input_ids.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"rows: expected a slice, indices or a mask, got {checks.shown(rows)} ({error})") from error
@@ -198,9 +202,7 @@ def _checked(name: str, value: Tensor | None, kind: str) -> Tensor | None:
     """A field of the dtype that it has from now on, and no tensor of inference mode."""
     if value is None and kind == "number":
         return None
-    checks.tensor(name, value)
-    if value.is_meta or value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor with values, got {value.layout} on {value.device}")
+    checks.dense(name, value)
     if kind == "integer":
         value = checks.tensor(name, value, kind="integer").long()
     elif kind == "mask":
@@ -211,6 +213,9 @@ def _checked(name: str, value: Tensor | None, kind: str) -> Tensor | None:
             raise ValueError(f"{name}: expected booleans, got integers other than 0 and 1")
         value = value.bool()
     else:
+        if value.is_floating_point() and value.dtype.itemsize == 1:
+            # There is no arithmetic in eight bits.
+            value = value.float()
         if not value.is_floating_point():
             boolean = value.dtype == torch.bool and name == "rewards"
             value = (value if boolean else checks.tensor(name, value, kind="number")).float()

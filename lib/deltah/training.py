@@ -14,6 +14,7 @@ from deltah.scoring import score
 from deltah.updates import check_old
 
 
+@torch.inference_mode(False)
 def policy_gradient_step(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor, objective: str | Objective,
                          optimizer: Optimizer, max_gradient_norm: float | None = None) -> float:
     """One optimizer step on the objective's loss over `rollouts`; changes the policy in place.

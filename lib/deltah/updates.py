@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from deltah import checks
 from deltah.fingerprints import fingerprint
+from deltah.models.modes import held
 from deltah.objectives import Objective, find
 from deltah.objectives.clipping import check_inside
 from deltah.optimizers import rule_of, unwrapped
@@ -76,6 +77,7 @@ class Direction:
         rollouts = {name: v - self.momentum[name] - self.weight_decay[name] for name, v in self.vector.items()}
         return {"rollouts": rollouts, "momentum": self.momentum, "weight_decay": self.weight_decay}
 
+    @torch.inference_mode(False)
     def per_rollout(self, index: int) -> dict[str, Tensor]:
         """Rollout `index`'s part of v, by parameter name; over all rollouts they sum to parts["rollouts"].
 
@@ -110,6 +112,7 @@ class Direction:
         return "Direction(" + ", ".join(f"|{name}| = {norm:.3g}" for name, norm in norms.items()) + ")"
 
 
+@torch.inference_mode(False)
 def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Objective = "grpo",
                      optimizer: Optimizer | None = None, old_log_probs: Tensor | None = None,
                      max_gradient_norm: float | None = None, batch_size: int | None = None) -> Direction:
@@ -189,11 +192,13 @@ def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Object
 def state_of(policy: Policy) -> dict[str, str]:
     """The fingerprint of what the policy's model computes with: parameters, and buffers that are saved with them."""
     found: dict[int, tuple[str, Tensor]] = {}
-    for name, x in policy.model.state_dict(keep_vars=True).items():
-        if isinstance(x, Tensor):
-            # Tied ones stand there twice.
-            found.setdefault(id(x), (name, x))
-    return fingerprint(dict(found.values()))
+    # Not what another thread has put in for a while.
+    with held(policy.model):
+        for name, x in policy.model.state_dict(keep_vars=True).items():
+            if isinstance(x, Tensor):
+                # Tied ones stand there twice.
+                found.setdefault(id(x), (name, x))
+        return fingerprint(dict(found.values()))
 
 
 def vector_of(policy: Policy, direction: Direction | Mapping[str, Tensor],
@@ -222,10 +227,10 @@ def vector_of(policy: Policy, direction: Direction | Mapping[str, Tensor],
 
 def _groups(policy: Policy, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     """The optimizer's parameter group of each of the policy's parameters that it holds."""
-    held = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    groups = {name: held[id(p)] for name, p in policy.parameters.items() if id(p) in held}
-    if len(groups) < len(held) or not groups:
-        raise ValueError(f"optimizer: expected it to hold parameters of the policy; of {len(held)} trainable ones that "
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    groups = {name: of[id(p)] for name, p in policy.parameters.items() if id(p) in of}
+    if len(groups) < len(of) or not groups:
+        raise ValueError(f"optimizer: expected it to hold parameters of the policy; of {len(of)} trainable ones that "
                          f"it holds, {len(groups)} are the policy's")
     for i, group in enumerate(optimizer.param_groups):
         checks.number(f"optimizer.param_groups[{i}]['lr']", float(group["lr"]), minimum=0)

@@ -57,14 +57,16 @@ def sample_gradients(policy: Policy, rollouts: Rollouts, receive: Callable[[Samp
         ValueError: a model whose backward pass is not the derivative of its function.
     """
     watch = Watch(policy, rollouts)
-    with torch.enable_grad(), eager_experts(policy.model):
-        with watch:
-            hidden, layer, logits = response_output(policy, rollouts, None)
-        if layer is None:
-            log_probs = log_probs_and_entropies(logits, rollouts.response_ids)[0]
-            total = torch.where(rollouts.response_mask, log_probs, 0.0).sum()
-        else:
-            total = watch.output(hidden, layer, keep)
+    with torch.enable_grad():
+        with eager_experts(policy.model):
+            with watch:
+                hidden, layer, logits = response_output(policy, rollouts, None)
+            if layer is None:
+                log_probs = log_probs_and_entropies(logits, rollouts.response_ids)[0]
+                total = torch.where(rollouts.response_mask, log_probs, 0.0).sum()
+            else:
+                total = watch.output(hidden, layer, keep)
+        # Without holding the model, for which another thread in forward mode may be waiting.
         if watch.hidden or _has_custom_functions(total):
             _check_backward(policy, rollouts.select(slice(0, 1)), watch.hidden or "a custom function")
         watch.backward(total, receive)
@@ -101,8 +103,8 @@ def _check_backward(policy: Policy, rollout: Rollouts, hidden: str) -> None:
         raise ValueError(f"policy: the backward pass of {name} hides something ({hidden}), and whether it is the "
                          f"derivative of its function cannot be told: {error}") from error
     expected, found = sum(float(g.double().square().sum()) for g in gradients), float(slope.double().sum())
-    # Two thirds of the digits that the model computes with: float32's at most, which most fall back to in places.
-    if abs(found - expected) > max(torch.finfo(x).eps for x in (policy.dtype, torch.float32)) ** (2 / 3) * expected:
+    # Two thirds of the digits that the model computes with.
+    if abs(found - expected) > policy.rounding() ** (2 / 3) * expected:
         raise ValueError(f"policy: the backward pass of {name} is not the derivative of its function, as it hides "
                          f"something ({hidden}): along a rollout's gradient the log-prob changes by {found:.4g}, not "
                          f"{expected:.4g}")

@@ -6,6 +6,7 @@ turns messages into tokens, special ones included; plain text is tokenized as it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
@@ -15,6 +16,9 @@ from deltah import checks
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
+
+# What is left of a character whose UTF-16 was cut in two, and stands for nothing.
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def as_messages(text: str) -> list[dict[str, str]]:
@@ -43,7 +47,7 @@ def check_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
     Raises:
         TypeError: `prompts` is a single string, a dict or no iterable, or holds something else than texts and lists
             of messages.
-        ValueError: no prompts, or a list without messages.
+        ValueError: no prompts, a list without messages, or text that is not Unicode.
     """
     if isinstance(prompts, str):
         raise TypeError("prompts: expected a list of strings, got a single string")
@@ -58,6 +62,8 @@ def check_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
             check_messages(f"prompts[{i}]", prompt)
         elif not isinstance(prompt, str):
             raise TypeError(f"prompts[{i}]: expected a string or a list of messages, got {checks.shown(prompt)}")
+        elif SURROGATE.search(prompt):
+            raise ValueError(f"prompts[{i}]: expected text, got half of a character (a lone surrogate)")
     return prompts
 
 
