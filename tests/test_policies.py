@@ -1,6 +1,7 @@
 import copy
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import deltah as dh
 from conftest import CONFIGS, MORE, ROOT, build_model, random_rollouts
@@ -149,6 +151,29 @@ def test_encoders_with_decoders_and_models_of_more_than_token_ids_are_refused():
         dh.Policy(NeedsMore(build_model("llama", 50).config))
 
 
+class LastLogits(LlamaForCausalLM):
+    """With logits at the last position alone."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits[:, -1:]
+        return output
+
+
+class WrittenOutput(LlamaForCausalLM):
+    """That multiplies with the output layer's weight, and does not call the layer."""
+
+    def forward(self, input_ids, **kwargs):
+        return CausalLMOutputWithPast(logits=self.model(input_ids)[0] @ self.lm_head.weight.T)
+
+
+@pytest.mark.parametrize("kind, shape", [(LastLogits, [4, 1, 50]), (WrittenOutput, [4, 4, 50])])
+def test_logits_are_of_each_position_and_from_the_output_layer(kind, shape):
+    with pytest.raises(ValueError, match=re.escape("model: expected logits of each position from the output layer, got "
+                                                   f"{shape} from {kind.__name__} for token ids of shape [4, 4]")):
+        dh.Policy(kind(build_model("llama", 50).config))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("architecture", sorted(CONFIGS | MORE))
 def test_every_architecture_is_causal_and_does_without_logits(architecture, dtype):
@@ -272,6 +297,14 @@ def test_pefts_wrapper_samples(shipped):
 def test_learned_prompts_are_refused(config):
     model = get_peft_model(build_model("llama", 50), config(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="model: expected adapters that are part of the model's layers.*_TUNING"):
+        dh.Policy(model)
+
+
+def test_a_hook_on_pefts_wrapper_is_not_lost():
+    model = get_peft_model(build_model("llama", 50), LoraConfig(target_modules=["q_proj"]))
+    dh.Policy(model)
+    model.register_forward_hook(lambda module, args, output: setattr(output, "logits", 2 * output.logits))
+    with pytest.raises(ValueError, match=r"PEFT's wrapper around LlamaForCausalLM does more than run it \(LORA\)"):
         dh.Policy(model)
 
 

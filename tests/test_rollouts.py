@@ -220,7 +220,8 @@ def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     make(temperature=0.7).save(path)
 
-    def fail(*_, **__):
+    def fail(tensors, partial, **_):
+        partial.write_bytes(b"half of it")
         raise OSError("disk full")
 
     monkeypatch.setattr("deltah.rollouts.save_file", fail)
