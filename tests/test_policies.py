@@ -137,6 +137,35 @@ def test_models_that_look_ahead_are_refused(kind, dtype):
         dh.Policy(model.to(dtype))
 
 
+def test_tokens_of_probability_zero_hide_no_looking_ahead():
+    model = BertForMaskedLM(BertConfig(**SMALL_BERT))
+    with torch.no_grad():
+        model.cls.predictions.decoder.bias[3] = -torch.inf
+    with pytest.raises(ValueError, match="model: expected a causal LM, got BertForMaskedLM, whose logits at one pos"):
+        dh.Policy(model)
+
+
+class Leaking(LlamaForCausalLM):
+    """Whose logits depend on the last token, a little."""
+
+    leak = 0.0
+
+    def forward(self, input_ids, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        output.logits = output.logits * (1 + self.leak * input_ids[:, -1:, None] / 50)
+        return output
+
+
+def test_rounding_is_no_looking_ahead():
+    """Rows of a matrix product may be rounded differently, whatever they hold."""
+    model = Leaking(build_model("llama", 50).config)
+    model.leak = 1e-6
+    dh.Policy(model)
+    model.leak = 1e-2
+    with pytest.raises(ValueError, match="model: expected a causal LM, got Leaking, whose logits at one position"):
+        dh.Policy(model)
+
+
 def test_encoders_with_decoders_and_models_of_more_than_token_ids_are_refused():
     model = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2))
     with pytest.raises(ValueError, match="model: expected a causal LM, got T5ForConditionalGeneration, whose encoder"):
