@@ -52,6 +52,13 @@ def test_the_decomposition_is_exact_and_its_steps_are_the_conditional_variances(
     assert terms.control_variate == pytest.approx(float(p @ best.square() - (p @ best) ** 2), abs=1e-12)
 
 
+def test_a_policy_that_leaves_nothing_to_chance_has_no_variance():
+    nothing = torch.zeros(3, 2)
+    rollouts = dh.Rollouts(torch.zeros(3, 3, dtype=torch.long), torch.ones(3, 3).bool(), torch.ones(3, 2).bool(),
+                           torch.arange(3))
+    assert variance_decomposition(dh.TokenScores(nothing, nothing), rollouts) == (0,) * 6
+
+
 def test_rao_blackwellising_a_whole_sequence_can_raise_the_variance():
     """Three equally likely responses: Var(S) = 0, and Var(S_RB) = (2/9) log² 2."""
     log_probs = tensor([[2 / 3, 1 / 2], [2 / 3, 1 / 2], [1 / 3, 1]], dtype=torch.float64).log()
@@ -140,6 +147,12 @@ def test_truncated_entropy_of_a_batch_and_of_a_uniform_tail():
     # The tail of a uniform distribution is known exactly: both bounds meet.
     _, lower, upper = dh.truncated_entropy(torch.zeros(1000), top_k=10)
     assert float(lower) == pytest.approx(math.log(1000)) == pytest.approx(float(upper))
+    # And so is a tail of one token; rounding never turns the bounds around.
+    value, lower, upper = dh.truncated_entropy(tensor([2.0, 0.0]), top_k=1)
+    assert float(lower) == float(upper) == pytest.approx(float(torch.special.entr(tensor([2.0, 0.0]).softmax(-1)).sum()))
+    for size in range(2, 200):
+        _, lower, upper = dh.truncated_entropy(torch.full((size,), 0.1), top_k=1 + size // 3)
+        assert lower <= upper
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -229,3 +242,6 @@ def test_what_is_not_finite_is_refused_inside_the_mask_and_only_there(enumerated
             control_variate(torch.full((9,), bad), torch.zeros(9, 1), torch.arange(9))
     with pytest.raises(ValueError, match="^weights: expected probabilities that sum to 1, got a sum of 3"):
         variance_decomposition(scores, rollouts, 3 * p)
+    with pytest.raises(ValueError, match="^weights: expected probabilities that sum to 1, got a sum of 1"):
+        variance_decomposition(scores, rollouts, p.index_fill(0, tensor(0), -0.1) + (0.1 + p[0]) / (len(p) - 1) * (
+            torch.arange(len(p)) > 0))

@@ -399,12 +399,15 @@ def test_shifted_parameters_leave_the_model_alone(shipped):
     before = shipped.parameters["model.norm.weight"].detach().clone()
     shifted = shipped.shifted(v, 0.5)
     assert torch.equal(shifted["model.norm.weight"], before + 0.5)
-    assert set(shifted) == set(shipped.parameters)
+    assert set(shifted) == set(shipped.parameters) and not any(x.requires_grad for x in shifted.values())
     assert torch.equal(shipped.parameters["model.norm.weight"], before)
     with pytest.raises(ValueError, match="expected the name of a trainable parameter, got 'x'"):
         shipped.shifted({"x": torch.ones(1)}, 1.0)
     with pytest.raises(ValueError, match=r"expected shape \[128\]"):
         shipped.shifted({"model.norm.weight": torch.ones(3)}, 1.0)
+    half = dh.Policy(build_model("llama", 50, torch.bfloat16))
+    v = {name: torch.ones(p.shape, dtype=torch.float32) for name, p in half.parameters.items()}
+    assert {x.dtype for x in half.shifted(v, 0.5).values()} == {torch.bfloat16}
 
 
 def test_forward_mode_is_arranged_and_undone(random_policy):
