@@ -464,6 +464,15 @@ def test_arguments_of_the_wrong_type_are_named(shipped, arguments, message):
         dh.sample(**{"policy": shipped, "prompts": ["a"], **arguments})
 
 
+def test_a_response_may_fill_the_context(shipped):
+    policy = dh.Policy(build_model("llama", shipped.vocabulary_size), shipped.tokenizer)
+    (ids,) = policy.encode(PROMPTS[:1])
+    room = policy.context_length - len(ids)
+    assert len(dh.sample(policy, PROMPTS[:1], 1, max_new_tokens=room)) == 1
+    with pytest.raises(ValueError, match=rf"prompts\[0\]: has {len(ids)} tokens; with max_new_tokens={room + 1} that"):
+        dh.sample(policy, PROMPTS[:1], 1, max_new_tokens=room + 1)
+
+
 def test_prompts_may_come_from_anywhere(shipped, problems):
     expected = dh.sample(shipped, PROMPTS, 2, 4)
     for prompts in (tuple(PROMPTS), iter(PROMPTS), (prompt for prompt in PROMPTS), np.array(PROMPTS),
@@ -534,7 +543,9 @@ def test_rollouts_longer_than_the_context_are_refused():
             call(long)
         if name != "measured":
             call(fits)
-    # Padding is no part of a sequence, and what has no context has no limit.
+    # What fills the context fits it. Padding is no part of a sequence, and what has no context has no limit.
+    check_rollouts(policy, dh.Rollouts(ids[:, 3:], torch.ones(2, 128, dtype=torch.bool), long.response_mask,
+                                       torch.arange(2)))
     assert fits.input_ids.shape[1] == 131
     check_rollouts(dh.Policy(build_model("bloom", 37)), long)
     uniforms = torch.rand(1, 98, dtype=torch.float64)

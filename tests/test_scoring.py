@@ -216,3 +216,6 @@ def test_bad_arguments_are_named(shipped):
         dh.score(shipped, rollouts, {"model.norm.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="rollouts: expected token ids below the policy's vocabulary size 434"):
         dh.score(shipped, rollouts.replace(input_ids=rollouts.input_ids + 600))
+    with pytest.raises(ValueError, match="rollouts: expected token ids below .* 434, got -1 to"):
+        dh.score(shipped, rollouts.replace(input_ids=rollouts.input_ids.clamp(max=300).index_fill(
+            0, torch.tensor(0), -1)))
