@@ -165,6 +165,17 @@ def test_entropy_of_any_logits_matches_scipy_and_its_gradient_is_finite(row):
     torch.testing.assert_close(gradient, expected, atol=1e-9, rtol=1e-9)
 
 
+def test_padding_may_hold_a_token_of_probability_zero():
+    model = build_model("phi", 50)
+    with torch.no_grad():
+        model.lm_head.bias[0] = -math.inf
+    rollouts = random_rollouts(50)
+    ids = torch.where(rollouts.attention_mask, rollouts.input_ids.clamp(min=1), 0)
+    assert not rollouts.response_mask.all()
+    scores = dh.score(dh.Policy(model), rollouts.replace(input_ids=ids))
+    assert all(torch.isfinite(x).all() for x in scores)
+
+
 def test_nan_logits_name_the_rollout(shipped):
     rollouts = dh.sample(shipped, PROMPTS, 1, max_new_tokens=3)
     broken = {name: p.detach().clone() for name, p in shipped.parameters.items()}
