@@ -1,5 +1,6 @@
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -50,6 +51,15 @@ def test_the_decomposition_is_exact_and_its_steps_are_the_conditional_variances(
     difference = -(scores.log_probs + scores.entropies).sum(1)
     best = entropies + terms.coefficient * difference
     assert terms.control_variate == pytest.approx(float(p @ best.square() - (p @ best) ** 2), abs=1e-12)
+
+
+def test_scores_with_gradients_are_numbers_here(enumerated):
+    scores, rollouts, p = enumerated
+    graphs = dh.TokenScores(*(x.clone().requires_grad_() for x in scores))
+    with warnings.catch_warnings(action="error"):
+        assert variance_decomposition(graphs, rollouts, p) == variance_decomposition(scores, rollouts, p)
+        found = dh.entropy(graphs, rollouts)
+    assert not found.contributions.requires_grad and found.value == dh.entropy(scores, rollouts).value
 
 
 def test_a_policy_that_leaves_nothing_to_chance_has_no_variance():

@@ -204,6 +204,15 @@ def test_gradients_have_their_part_of_the_budget(monkeypatch):
     assert len(batches(policy, rollouts, kind="forward")) == 1
 
 
+def test_a_score_with_gradients_is_a_backward_pass(monkeypatch):
+    kinds, policy = [], dh.Policy(build_model("llama", V))
+    monkeypatch.setattr(memory, "rows_at_once", lambda policy, length, kind, *_, **__: kinds.append(kind) or 8)
+    dh.score(policy, full_rollouts(2, 16))
+    with torch.no_grad():
+        dh.score(policy, full_rollouts(2, 16))
+    assert kinds == ["backward", "forward"]
+
+
 def test_eager_attention_keeps_its_weights():
     fused, eager = (Described(large_policy(attn_implementation=name)) for name in ("sdpa", "eager"))
     more = memory.sequence_bytes(eager, 1000, "backward") - memory.sequence_bytes(fused, 1000, "backward")

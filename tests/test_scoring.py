@@ -107,6 +107,18 @@ def test_the_output_layer_is_found_in_every_dtype():
             assert layer.scaling[:2] == scaling
 
 
+def test_logits_in_bfloat16_are_scored_in_float32():
+    model = build_model("llama", 300, torch.bfloat16)
+    model.lm_head = Sharpened(model.lm_head)
+    policy, rollouts = dh.Policy(model), random_rollouts(300)
+    with torch.no_grad():
+        scores, expected = dh.score(policy, rollouts), by_transformers(policy, rollouts)
+    for got, wanted in zip(scores, expected, strict=True):
+        assert got.dtype == torch.float32
+        # Logits of rows of another length are rounded differently; sums of them in bfloat16 would be further off.
+        torch.testing.assert_close(got.double(), wanted, atol=0.1, rtol=0.1)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_does_not_depend_on_the_batch_size(random_policy, batch_size):
     rollouts = dh.sample(random_policy, PROMPTS, 3, max_new_tokens=12)
