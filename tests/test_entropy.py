@@ -106,6 +106,21 @@ def test_a_variate_that_explains_everything_leaves_no_variance():
     assert ratio.value == pytest.approx(3, abs=1e-12) and ratio.standard_error < 1e-12
 
 
+@pytest.mark.parametrize("per", UNITS)
+def test_the_variate_is_fitted_to_what_is_estimated(enumerated, per):
+    """Per token, to a ratio of means."""
+    scores, rollouts, p = enumerated
+    rows = torch.multinomial(p, 60, replacement=True, generator=torch.Generator().manual_seed(0))
+    sampled, drawn = rollouts.select(rows), dh.TokenScores(*(x[rows] for x in scores))
+    sampled = sampled.replace(prompt_index=torch.arange(60) // 2)
+    variate = -(drawn.log_probs + drawn.entropies).sum(1, keepdim=True)
+    lengths = sampled.lengths.double() if per == "token" else torch.ones(60, dtype=torch.float64)
+    totals = control_variate(drawn.entropies.sum(1), variate, sampled.prompt_index, lengths)
+    wanted = dh.Estimate.ratio(totals, lengths, sampled.prompt_index)
+    found = dh.entropy(drawn, sampled, "control_variate", per)
+    assert (found.value, found.standard_error) == pytest.approx((wanted.value, wanted.standard_error), rel=1e-12)
+
+
 CASES = {"plain": (dict(seed=1, eos_token_id=0), 100), "heavy tail": (dict(seed=2, eos_token_id=0, eos_logit=3.0), 800)}
 
 

@@ -116,6 +116,8 @@ def test_a_smooth_function_of_means_has_the_error_of_its_linearisation():
     assert 0.93 <= covered / 1000 <= 0.97
     assert sum(errors) / 1000 == pytest.approx(float(torch.tensor(values).std()), rel=0.07)
     assert float(estimate.contributions.mean()) == pytest.approx(estimate.value)
+    with torch.no_grad():
+        assert Estimate.smooth(lambda means: means[0].log() * means[1], samples).value == estimate.value
     with pytest.raises(ValueError, match=r"samples\[:, 1\]: expected finite numbers"):
         Estimate.smooth(lambda means: means.sum(), torch.tensor([[0.0, math.nan]]))
 
