@@ -63,6 +63,25 @@ def test_without_skewness_the_interval_is_students():
     assert (low, high) == pytest.approx((1 - 1.8331 * 0.5, 1 + 1.8331 * 0.5), abs=1e-4)
 
 
+@pytest.mark.parametrize("skewness", [-2.0, 2.0])
+def test_skewness_takes_an_interval_further_in_the_long_tail_alone(skewness):
+    plain, lean = (Estimate(0.0, 1.0, 20, skewness=x).interval() for x in (0.0, skewness))
+    far, near = (1, 0) if skewness > 0 else (0, 1)
+    assert lean[near] == plain[near] and abs(lean[far]) > 1.05 * abs(plain[far])
+
+
+def test_skewness_close_to_zero_changes_nothing():
+    for skewness in (1e-9, -1e-12, 1e-7):
+        assert Estimate(0.0, 1.0, 20, skewness=skewness).interval() == pytest.approx(
+            Estimate(0.0, 1.0, 20).interval(), rel=1e-6)
+
+
+def test_equal_samples_have_no_error_and_no_skewness():
+    estimate = Estimate.mean(torch.full((5,), 0.3))
+    assert (estimate.standard_error, estimate.skewness) == (0, 0)
+    assert estimate.interval() == (estimate.value, estimate.value)
+
+
 def test_one_cluster_leaves_the_error_unknown():
     estimate = Estimate.mean(torch.tensor([1.0, 2.0]), torch.tensor([7, 7]))
     assert estimate.value == 1.5 and math.isnan(estimate.standard_error)
