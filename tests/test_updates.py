@@ -326,6 +326,9 @@ def test_fingerprints_tell_values_apart_and_nothing_else():
               x.roll(fingerprints.CHUNK), torch.zeros_like(x), torch.zeros_like(x[0]), x.long(), torch.complex(x, x))
     words = [fingerprints.fingerprint({"x": y})["x"] for y in others]
     assert len({word, *words}) == 1 + len(others)
+    for a, b in ((torch.complex(x, x), torch.complex(x, x + 0.5)), (torch.tensor([1]), torch.tensor([1 + 2**40])),
+                 (torch.tensor([True]), torch.tensor([False]))):
+        assert fingerprints.fingerprint({"x": a}) != fingerprints.fingerprint({"x": b})
 
 
 class Renamed(AdamW):
