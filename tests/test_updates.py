@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -127,6 +128,14 @@ def test_groups_frozen_parameters_and_unreached_ones():
     assert still == {n for n in policy.parameters if "ln" in n or n == "idle"}
 
 
+def test_an_optimizer_may_hold_frozen_parameters():
+    policy = dh.Policy(build_model("llama", 11, torch.float64))
+    optimizer = AdamW(policy.model.parameters(), lr=0.02)
+    policy.model.model.norm.weight.requires_grad_(False)
+    direction = dh.update_direction(policy, rollouts_for(11), optimizer=optimizer)
+    assert relative_error(direction.vector, real_change(policy, rollouts_for(11), optimizer, "grpo")) < 1e-12
+
+
 class LowRank(torch.nn.Module):
     """A frozen linear layer beside a trainable product of two thin ones, as LoRA has it."""
 
@@ -192,6 +201,16 @@ def test_bfloat16_parameters_give_a_float32_direction(shipped, problems):
     rough = dh.update_direction(half, rollouts, optimizer=make(half.parameters.values())).vector
     assert all(v.dtype == torch.float32 for v in rough.values())
     assert relative_error(rough, exact) < 0.1
+
+
+def test_state_in_bfloat16_is_computed_with_in_float32():
+    policy = dh.Policy(build_model("llama", 11, torch.bfloat16))
+    optimizer = SGD(policy.parameters.values(), lr=0.1, momentum=0.9)
+    real_change(policy, rollouts_for(11), optimizer, "grpo")
+    direction = dh.update_direction(policy, rollouts_for(11, seed=1), optimizer=optimizer)
+    for name, p in policy.parameters.items():
+        buffer = optimizer.state[p]["momentum_buffer"]
+        assert buffer.dtype == torch.bfloat16 and torch.equal(direction.momentum[name], -(0.9 * buffer.float()))
 
 
 def test_bad_input_is_named():
@@ -390,6 +409,7 @@ def with_scheduler(optimizer):
 @pytest.mark.parametrize("make", [
     Renamed, lambda p: with_scheduler(Renamed(p)), lambda p: with_scheduler(SGD(p, lr=0.1, momentum=0.9)),
     lambda p: Accelerator(cpu=True).prepare(AdamW(p, lr=0.02)),
+    lambda p: AcceleratedOptimizer(Accelerator(cpu=True).prepare(AdamW(p, lr=0.02))),
     lambda p: with_scheduler(Accelerator(cpu=True).prepare(AdamW(p, lr=0.02)).optimizer)])
 def test_the_same_step_under_another_name(make):
     """Subclasses that change nothing, schedulers, and what Accelerate makes of an optimizer."""
