@@ -115,7 +115,9 @@ def outputs(notebook):
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_sabotage_of_every_stored_output_is_found(notebook):
     """All digits changed, a word of each line, a row gone, a row twice: whatever tolerance the cell states."""
-    for place, text, tolerance in outputs(notebook):
+    stored = list(outputs(notebook))
+    assert stored
+    for place, text, tolerance in stored:
         assert differences(text, text, tolerance) == []
         if re.search(r"\d", text):
             assert differences(text, re.sub(r"\d", later, text), tolerance), f"{place}: digits"
@@ -136,9 +138,10 @@ def later(digit):
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_each_decimal_of_the_stored_outputs_is_held_to_its_last_digit(notebook):
     """Moved by one unit it passes, by two it does not, nor with another sign; arXiv numbers and ids are names."""
-    lines = {line for _, text, _ in outputs(notebook) for line in text.splitlines()}
+    lines, decimals = {line for _, text, _ in outputs(notebook) for line in text.splitlines()}, 0
     for line in lines:
         for match in re.finditer(r"(?<![\w.,])(?<!arXiv )(?!0\d)\d+\.\d+(?![\w.,])", line):
+            decimals += 1
             unit = 10.0 ** -len(match[0].partition(".")[2])
             for by, same in ((1, True), (2, False)):
                 moved = f"{float(match[0]) + by * unit:.{len(match[0].partition('.')[2])}f}"
@@ -148,6 +151,7 @@ def test_each_decimal_of_the_stored_outputs_is_held_to_its_last_digit(notebook):
             if sign in ("+", "-", "−") and float(match[0]):
                 changed = line[:match.start() - 1] + ("-" if sign == "+" else "+") + line[match.start():]
                 assert differences(line, changed), f"the sign of {match[0]} in {line}"
+    assert decimals
 
 
 def write_notebook(path, *cells):

@@ -1,5 +1,6 @@
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -52,6 +53,22 @@ def test_the_decomposition_is_exact_and_its_steps_are_the_conditional_variances(
     assert terms.control_variate == pytest.approx(float(p @ best.square() - (p @ best) ** 2), abs=1e-12)
 
 
+def test_scores_with_gradients_are_numbers_here(enumerated):
+    scores, rollouts, p = enumerated
+    graphs = dh.TokenScores(*(x.clone().requires_grad_() for x in scores))
+    with warnings.catch_warnings(action="error"):
+        assert variance_decomposition(graphs, rollouts, p) == variance_decomposition(scores, rollouts, p)
+        found = dh.entropy(graphs, rollouts)
+    assert not found.contributions.requires_grad and found.value == dh.entropy(scores, rollouts).value
+
+
+def test_a_policy_that_leaves_nothing_to_chance_has_no_variance():
+    nothing = torch.zeros(3, 2)
+    rollouts = dh.Rollouts(torch.zeros(3, 3, dtype=torch.long), torch.ones(3, 3).bool(), torch.ones(3, 2).bool(),
+                           torch.arange(3))
+    assert variance_decomposition(dh.TokenScores(nothing, nothing), rollouts) == (0,) * 6
+
+
 def test_rao_blackwellising_a_whole_sequence_can_raise_the_variance():
     """Three equally likely responses: Var(S) = 0, and Var(S_RB) = (2/9) log² 2."""
     log_probs = tensor([[2 / 3, 1 / 2], [2 / 3, 1 / 2], [1 / 3, 1]], dtype=torch.float64).log()
@@ -87,6 +104,21 @@ def test_a_variate_that_explains_everything_leaves_no_variance():
     rate = control_variate(3 * lengths + variates[:, 0], variates[:, :1], clusters, lengths)
     ratio = dh.Estimate.ratio(rate, lengths, clusters)
     assert ratio.value == pytest.approx(3, abs=1e-12) and ratio.standard_error < 1e-12
+
+
+@pytest.mark.parametrize("per", UNITS)
+def test_the_variate_is_fitted_to_what_is_estimated(enumerated, per):
+    """Per token, to a ratio of means."""
+    scores, rollouts, p = enumerated
+    rows = torch.multinomial(p, 60, replacement=True, generator=torch.Generator().manual_seed(0))
+    sampled, drawn = rollouts.select(rows), dh.TokenScores(*(x[rows] for x in scores))
+    sampled = sampled.replace(prompt_index=torch.arange(60) // 2)
+    variate = -(drawn.log_probs + drawn.entropies).sum(1, keepdim=True)
+    lengths = sampled.lengths.double() if per == "token" else torch.ones(60, dtype=torch.float64)
+    totals = control_variate(drawn.entropies.sum(1), variate, sampled.prompt_index, lengths)
+    wanted = dh.Estimate.ratio(totals, lengths, sampled.prompt_index)
+    found = dh.entropy(drawn, sampled, "control_variate", per)
+    assert (found.value, found.standard_error) == pytest.approx((wanted.value, wanted.standard_error), rel=1e-12)
 
 
 CASES = {"plain": (dict(seed=1, eos_token_id=0), 100), "heavy tail": (dict(seed=2, eos_token_id=0, eos_logit=3.0), 800)}
@@ -140,6 +172,13 @@ def test_truncated_entropy_of_a_batch_and_of_a_uniform_tail():
     # The tail of a uniform distribution is known exactly: both bounds meet.
     _, lower, upper = dh.truncated_entropy(torch.zeros(1000), top_k=10)
     assert float(lower) == pytest.approx(math.log(1000)) == pytest.approx(float(upper))
+    # And so is a tail of one token; rounding never turns the bounds around.
+    value, lower, upper = dh.truncated_entropy(tensor([2.0, 0.0]), top_k=1)
+    exact = float(torch.special.entr(tensor([2.0, 0.0]).softmax(-1)).sum())
+    assert float(lower) == float(upper) == pytest.approx(exact)
+    for size in range(2, 200):
+        _, lower, upper = dh.truncated_entropy(torch.full((size,), 0.1), top_k=1 + size // 3)
+        assert lower <= upper
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -229,3 +268,6 @@ def test_what_is_not_finite_is_refused_inside_the_mask_and_only_there(enumerated
             control_variate(torch.full((9,), bad), torch.zeros(9, 1), torch.arange(9))
     with pytest.raises(ValueError, match="^weights: expected probabilities that sum to 1, got a sum of 3"):
         variance_decomposition(scores, rollouts, 3 * p)
+    with pytest.raises(ValueError, match="^weights: expected probabilities that sum to 1, got a sum of 1"):
+        variance_decomposition(scores, rollouts, p.index_fill(0, tensor(0), -0.1) + (0.1 + p[0]) / (len(p) - 1) * (
+            torch.arange(len(p)) > 0))

@@ -63,6 +63,25 @@ def test_without_skewness_the_interval_is_students():
     assert (low, high) == pytest.approx((1 - 1.8331 * 0.5, 1 + 1.8331 * 0.5), abs=1e-4)
 
 
+@pytest.mark.parametrize("skewness", [-2.0, 2.0])
+def test_skewness_takes_an_interval_further_in_the_long_tail_alone(skewness):
+    plain, lean = (Estimate(0.0, 1.0, 20, skewness=x).interval() for x in (0.0, skewness))
+    far, near = (1, 0) if skewness > 0 else (0, 1)
+    assert lean[near] == plain[near] and abs(lean[far]) > 1.05 * abs(plain[far])
+
+
+def test_skewness_close_to_zero_changes_nothing():
+    for skewness in (1e-9, -1e-12, 1e-7):
+        assert Estimate(0.0, 1.0, 20, skewness=skewness).interval() == pytest.approx(
+            Estimate(0.0, 1.0, 20).interval(), rel=1e-6)
+
+
+def test_equal_samples_have_no_error_and_no_skewness():
+    estimate = Estimate.mean(torch.full((5,), 0.3))
+    assert (estimate.standard_error, estimate.skewness) == (0, 0)
+    assert estimate.interval() == (estimate.value, estimate.value)
+
+
 def test_one_cluster_leaves_the_error_unknown():
     estimate = Estimate.mean(torch.tensor([1.0, 2.0]), torch.tensor([7, 7]))
     assert estimate.value == 1.5 and math.isnan(estimate.standard_error)
@@ -116,6 +135,8 @@ def test_a_smooth_function_of_means_has_the_error_of_its_linearisation():
     assert 0.93 <= covered / 1000 <= 0.97
     assert sum(errors) / 1000 == pytest.approx(float(torch.tensor(values).std()), rel=0.07)
     assert float(estimate.contributions.mean()) == pytest.approx(estimate.value)
+    with torch.no_grad():
+        assert Estimate.smooth(lambda means: means[0].log() * means[1], samples).value == estimate.value
     with pytest.raises(ValueError, match=r"samples\[:, 1\]: expected finite numbers"):
         Estimate.smooth(lambda means: means.sum(), torch.tensor([[0.0, math.nan]]))
 

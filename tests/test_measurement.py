@@ -138,6 +138,7 @@ def test_resampling_keeps_what_it_is_told_to(shipped, problems):
     for i in range(12):
         n = int(keep[i])
         assert torch.equal(moved.response_ids[i, :n], rollouts.response_ids[i, :n])
+    assert not moved.response_ids[~moved.response_mask].any()
     assert moved.response_mask.shape[1] <= 32 and not torch.equal(moved.response_ids, rollouts.response_ids)
     one_by_one = resample(shipped, rollouts, keep, uniforms, batch_size=1)
     assert torch.equal(one_by_one.input_ids, moved.input_ids)

@@ -10,7 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import deltah as dh
 from conftest import CONFIGS, MORE, build_model, random_rollouts
-from deltah import memory
+from deltah import dynamics, memory
 from deltah.derivatives import sample_gradients, taylor
 from deltah.sampling import resample
 from deltah.scoring import batches
@@ -128,7 +128,8 @@ def live_bytes(policy, rollouts, order):
     v = random_direction(policy)
     with torch.no_grad(), Live([*policy.model.parameters(), *v.values()]) as live:
         if order:
-            dh.entropy_change(policy, rollouts, v, order, baseline="none", batch_size=len(rollouts))
+            # Without the fingerprints of an entropy change, which take a megabyte whatever the model.
+            dynamics._derivatives(policy, rollouts, v, order, "none", len(rollouts))
         else:
             dh.score(policy, rollouts, batch_size=len(rollouts))
     return live.peak
@@ -203,6 +204,15 @@ def test_gradients_have_their_part_of_the_budget(monkeypatch):
     assert len(batches(policy, rollouts, kind="forward")) == 1
 
 
+def test_a_score_with_gradients_is_a_backward_pass(monkeypatch):
+    kinds, policy = [], dh.Policy(build_model("llama", V))
+    monkeypatch.setattr(memory, "rows_at_once", lambda policy, length, kind, *_, **__: kinds.append(kind) or 8)
+    dh.score(policy, full_rollouts(2, 16))
+    with torch.no_grad():
+        dh.score(policy, full_rollouts(2, 16))
+    assert kinds == ["backward", "forward"]
+
+
 def test_eager_attention_keeps_its_weights():
     fused, eager = (Described(large_policy(attn_implementation=name)) for name in ("sdpa", "eager"))
     more = memory.sequence_bytes(eager, 1000, "backward") - memory.sequence_bytes(fused, 1000, "backward")
@@ -212,10 +222,10 @@ def test_eager_attention_keeps_its_weights():
 
 def results(policy, rollouts, v):
     """Of every function that divides its rollouts into batches."""
-    first = dh.entropy_change(policy, rollouts, v)
     sgd = torch.optim.SGD(policy.parameters.values(), lr=0.1)
     direction = dh.update_direction(policy, rollouts.replace(advantages=torch.arange(len(rollouts)) - 2.0),
                                     optimizer=sgd)
+    first = dh.entropy_change(policy, rollouts, direction)
     with torch.no_grad():
         found = [*dh.score(policy, rollouts)]
     steps = torch.rand(len(rollouts), 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -1,16 +1,18 @@
 """Whoever runs a model has it alone and in evaluation mode, and leaves it as it was."""
 
+import contextlib
 import copy
 import threading
 import time
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import deltah as dh
 from conftest import build_model, random_rollouts
-from deltah.models.modes import evaluation, forward_mode
+from deltah.models.modes import evaluation, forward_mode, held
 from deltah.updates import state_of
 
 V = 23
@@ -136,6 +138,23 @@ def test_modes_are_put_back_after_an_exception():
         assert not any(modes(model).values())
         fail()
     assert modes(model) == before
+    # Nobody is inside any more, so that a module in training counts.
+    with held(model) as depth:
+        assert depth == 0
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_implementations_are_put_back(failing):
+    """Another library's attention, and the grouped matrix product of experts."""
+    model = build_model("qwen3_moe", V)
+    AttentionInterface.register("another", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("another")
+    model.set_experts_implementation("grouped_mm")
+    with contextlib.suppress(ArithmeticError), forward_mode(model):
+        assert (model.config._attn_implementation, model.config._experts_implementation) == ("eager", "eager")
+        if failing:
+            raise ArithmeticError
+    assert (model.config._attn_implementation, model.config._experts_implementation) == ("another", "grouped_mm")
 
 
 def test_training_mode_within_a_context_does_not_bring_dropout_back():
@@ -284,4 +303,16 @@ def test_attention_written_out_is_attention(mask):
     wanted = attend(query, key, value, enable_gqa=True, **options)
     with forward_mode(build_model("qwen2", V)):
         found = attend(query, key, value, enable_gqa=True, **options)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("affine", [(), ("weight",), ("weight", "bias")])
+def test_layer_norm_written_out_is_layer_norm(affine):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, 4, 8, generator=generator, dtype=torch.float64)
+                       for shape in ((2, 3), (), ()))
+    options = {name: {"weight": weight, "bias": bias}[name] for name in affine} | {"eps": 0.1}
+    wanted = torch.nn.functional.layer_norm(x, (4, 8), **options)
+    with forward_mode(build_model("qwen2", V)):
+        found = torch.nn.functional.layer_norm(x, (4, 8), **options)
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)

@@ -111,6 +111,58 @@ def test_a_hook_for_some_positions_alone_is_no_scaling():
     assert policy.output(ROLLOUTS.input_ids, 3)[1] is None
 
 
+@pytest.mark.parametrize("change", [lambda z: z + 1e-3 * z.tanh(), lambda z: torch.nn.functional.leaky_relu(z, 0.5)])
+def test_what_is_almost_a_scaling_is_none(change):
+    """By a thousandth, and of negative numbers alone."""
+    policy = dh.Policy(build_model("llama", V))
+    policy.model.register_forward_hook(lambda module, args, output: setattr(output, "logits", change(output.logits)))
+    assert policy.output(ROLLOUTS.input_ids, 3)[1] is None
+    assert_scores_are_of_what_is_sampled(policy)
+
+
+class Twice(LlamaForCausalLM):
+    """Whose output layer is called for the tokens backwards first."""
+
+    def forward(self, input_ids, **kwargs):
+        super().forward(input_ids.flip(1))
+        return super().forward(input_ids, **kwargs)
+
+
+def test_an_output_layer_that_is_called_twice_makes_logits():
+    model = Twice(build_model("llama", V).config)
+    model.load_state_dict(build_model("llama", V).state_dict())
+    policy = dh.Policy(model)
+    assert policy.output(ROLLOUTS.input_ids, 3)[1] is None
+    assert_scores_are_of_what_is_sampled(policy)
+
+
+LISTEN = {
+    "before": lambda layer, hear: layer.register_forward_pre_hook(lambda module, args: hear(*args)),
+    "after": lambda layer, hear: layer.register_forward_hook(lambda module, args, output: hear(output)),
+    "before the backward pass": lambda layer, hear: layer.register_full_backward_pre_hook(lambda m, g: hear(*g)),
+    "after the backward pass": lambda layer, hear: layer.register_full_backward_hook(lambda m, g, h: hear(*h)),
+    "after any module": lambda layer, hear: torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: hear(output) if module is layer else None),
+}
+
+
+@pytest.mark.parametrize("when", LISTEN)
+def test_who_listens_to_the_output_layer_hears_of_the_real_logits(when):
+    policy, heard = dh.Policy(build_model("llama", V)), []
+
+    def hear(x):
+        heard.append((type(x), x.shape[1:]))
+
+    handle = LISTEN[when](policy.model.lm_head, hear)
+    try:
+        assert policy.output(ROLLOUTS.input_ids, 3)[1] is None
+        del heard[:]
+        dh.score(policy, ROLLOUTS, batch_size=len(ROLLOUTS)).log_probs.sum().backward()
+    finally:
+        handle.remove()
+    assert heard and all(kind is torch.Tensor and shape[-1] in (V, 32) for kind, shape in heard)
+
+
 CONFIGS = {
     "granite": (lambda: GraniteConfig(vocab_size=V, logits_scaling=3.0, **SMALL), "logits_scaling"),
     "cohere": (lambda: CohereConfig(vocab_size=V, logit_scale=0.3, **SMALL), "logit_scale"),

@@ -1,6 +1,7 @@
 import copy
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import deltah as dh
 from conftest import CONFIGS, MORE, ROOT, build_model, random_rollouts
+from deltah.models.causal_lm import check_causal_lm
 
 
 def test_parameters_are_the_trainable_ones_and_tied_ones_appear_once(shipped):
@@ -134,6 +137,35 @@ def test_models_that_look_ahead_are_refused(kind, dtype):
         dh.Policy(model.to(dtype))
 
 
+def test_tokens_of_probability_zero_hide_no_looking_ahead():
+    model = BertForMaskedLM(BertConfig(**SMALL_BERT))
+    with torch.no_grad():
+        model.cls.predictions.decoder.bias[3] = -torch.inf
+    with pytest.raises(ValueError, match="model: expected a causal LM, got BertForMaskedLM, whose logits at one pos"):
+        dh.Policy(model)
+
+
+class Leaking(LlamaForCausalLM):
+    """Whose logits depend on the last token, a little."""
+
+    leak = 0.0
+
+    def forward(self, input_ids, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        output.logits = output.logits * (1 + self.leak * input_ids[:, -1:, None] / 50)
+        return output
+
+
+def test_rounding_is_no_looking_ahead():
+    """Rows of a matrix product may be rounded differently, whatever they hold."""
+    model = Leaking(build_model("llama", 50).config)
+    model.leak = 1e-6
+    dh.Policy(model)
+    model.leak = 1e-2
+    with pytest.raises(ValueError, match="model: expected a causal LM, got Leaking, whose logits at one position"):
+        dh.Policy(model)
+
+
 def test_encoders_with_decoders_and_models_of_more_than_token_ids_are_refused():
     model = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2))
     with pytest.raises(ValueError, match="model: expected a causal LM, got T5ForConditionalGeneration, whose encoder"):
@@ -146,6 +178,29 @@ def test_encoders_with_decoders_and_models_of_more_than_token_ids_are_refused():
     with pytest.raises(ValueError, match="model: expected a causal LM that runs on token ids alone; NeedsMore raised "
                                          "TypeError: .*image"):
         dh.Policy(NeedsMore(build_model("llama", 50).config))
+
+
+class LastLogits(LlamaForCausalLM):
+    """With logits at the last position alone."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits[:, -1:]
+        return output
+
+
+class WrittenOutput(LlamaForCausalLM):
+    """That multiplies with the output layer's weight, and does not call the layer."""
+
+    def forward(self, input_ids, **kwargs):
+        return CausalLMOutputWithPast(logits=self.model(input_ids)[0] @ self.lm_head.weight.T)
+
+
+@pytest.mark.parametrize("kind, shape", [(LastLogits, [4, 1, 50]), (WrittenOutput, [4, 4, 50])])
+def test_logits_are_of_each_position_and_from_the_output_layer(kind, shape):
+    with pytest.raises(ValueError, match=re.escape("model: expected logits of each position from the output layer, got "
+                                                   f"{shape} from {kind.__name__} for token ids of shape [4, 4]")):
+        dh.Policy(kind(build_model("llama", 50).config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -186,6 +241,24 @@ def test_an_end_token_outside_the_vocabulary_is_refused(shipped):
     assert model.config.eos_token_id == 50256 and dh.Policy(model).eos_token_ids == ()
     model.config.eos_token_id = 7
     assert dh.Policy(model).eos_token_ids == (7,)
+
+
+class Noisy(LlamaForCausalLM):
+    """Draws random numbers in evaluation mode too, and notes whether graphs are made."""
+
+    def forward(self, *args, **kwargs):
+        self.graphs = getattr(self, "graphs", set()) | {torch.is_grad_enabled()}
+        torch.rand(3)
+        return super().forward(*args, **kwargs)
+
+
+def test_trying_a_model_draws_no_random_numbers_and_makes_no_graph():
+    model = Noisy(build_model("llama", 50).config)
+    with torch.random.fork_rng():
+        dh.Policy(model)
+    state = torch.get_rng_state()
+    check_causal_lm(model)
+    assert torch.equal(torch.get_rng_state(), state) and model.graphs == {False}
 
 
 def test_nothing_about_the_model_is_remembered(shipped):
@@ -256,6 +329,14 @@ def test_learned_prompts_are_refused(config):
         dh.Policy(model)
 
 
+def test_a_hook_on_pefts_wrapper_is_not_lost():
+    model = get_peft_model(build_model("llama", 50), LoraConfig(target_modules=["q_proj"]))
+    dh.Policy(model)
+    model.register_forward_hook(lambda module, args, output: setattr(output, "logits", 2 * output.logits))
+    with pytest.raises(ValueError, match=r"PEFT's wrapper around LlamaForCausalLM does more than run it \(LORA\)"):
+        dh.Policy(model)
+
+
 def test_peft_is_not_needed():
     code = "import sys; sys.modules['peft'] = None; import deltah; deltah.exact.tiny_policy()"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "lib")})
@@ -318,12 +399,15 @@ def test_shifted_parameters_leave_the_model_alone(shipped):
     before = shipped.parameters["model.norm.weight"].detach().clone()
     shifted = shipped.shifted(v, 0.5)
     assert torch.equal(shifted["model.norm.weight"], before + 0.5)
-    assert set(shifted) == set(shipped.parameters)
+    assert set(shifted) == set(shipped.parameters) and not any(x.requires_grad for x in shifted.values())
     assert torch.equal(shipped.parameters["model.norm.weight"], before)
     with pytest.raises(ValueError, match="expected the name of a trainable parameter, got 'x'"):
         shipped.shifted({"x": torch.ones(1)}, 1.0)
     with pytest.raises(ValueError, match=r"expected shape \[128\]"):
         shipped.shifted({"model.norm.weight": torch.ones(3)}, 1.0)
+    half = dh.Policy(build_model("llama", 50, torch.bfloat16))
+    v = {name: torch.ones(p.shape, dtype=torch.float32) for name, p in half.parameters.items()}
+    assert {x.dtype for x in half.shifted(v, 0.5).values()} == {torch.bfloat16}
 
 
 def test_forward_mode_is_arranged_and_undone(random_policy):
@@ -339,13 +423,6 @@ def test_forward_mode_is_arranged_and_undone(random_policy):
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation(before[0])
     assert (model.config._attn_implementation, getattr(model.config, "_experts_implementation", None)) == before
-
-
-def test_forward_mode_is_undone_after_an_error(shipped):
-    attention = shipped.model.config._attn_implementation
-    with pytest.raises(RuntimeError, match="stop"), shipped.forward_mode():
-        raise RuntimeError("stop")
-    assert shipped.model.config._attn_implementation == attention
 
 
 def test_output_layer_makes_the_models_logits_of_the_hidden_states(random_policy):

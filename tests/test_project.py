@@ -88,7 +88,9 @@ def test_profiles_set_only_parameters_that_the_chapter_has(script):
     code = next(c.source for c in jupytext.read(script).cells if "parameters" in c.metadata.get("tags", []))
     known = set(re.findall(r"^(\w+) =", code, re.M))
     assert {"model", "problems", "device", "results", "seed"} <= known
-    for profile in ROOT.glob("notebooks/profiles/*.yaml"):
+    profiles = list(ROOT.glob("notebooks/profiles/*.yaml"))
+    assert {"quick", "full"} <= {profile.stem for profile in profiles}
+    for profile in profiles:
         sections = yaml.safe_load(profile.read_text()) or {}
         assert set(sections) <= {"all"} | {path.name[:2] for path in CHAPTERS}
         own = {**(sections.get("all") or {}), **(sections.get(script.name[:2]) or {})}

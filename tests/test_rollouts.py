@@ -7,6 +7,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
 import deltah as dh
 from conftest import CONFIGS, MORE, build_model
@@ -224,7 +225,8 @@ def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     make(temperature=0.7).save(path)
 
-    def fail(*_, **__):
+    def fail(tensors, partial, **_):
+        partial.write_bytes(b"half of it")
         raise OSError("disk full")
 
     monkeypatch.setattr("deltah.rollouts.save_file", fail)
@@ -354,6 +356,9 @@ def test_responses_run_through_their_first_end_token(shipped, problems):
         assert kept[-1] == end or len(kept) == 24
         ended += kept[-1] == end
     assert 0 < ended < len(rollouts)
+    # No wider than the longest.
+    rollouts = dh.sample(shipped, problems.select(range(2)), 2, max_new_tokens=200)
+    assert rollouts.response_mask.shape[1] == rollouts.lengths.max() < 200
     assert set(rollouts.rewards.tolist()) <= {0.0, 1.0}
 
 
@@ -393,6 +398,36 @@ def test_a_drawn_token_is_the_quantile_of_its_distribution(logits, uniform):
     assert p[:token].sum() - 1e-12 <= uniform <= p[:token + 1].sum() + 1e-12
 
 
+def test_a_large_vocabulary_is_drawn_from_in_float64():
+    size = 200_003
+    logits, wanted = torch.linspace(-1, 1, size), torch.arange(1, size, 4097)
+    p = logits.double().softmax(0)
+    drawn = _draw(logits.expand(len(wanted), size), (p.cumsum(0) - p / 2)[wanted], 1.0, [])
+    assert torch.equal(drawn, wanted)
+
+
+def test_sampling_makes_no_graph(shipped):
+    graphs = set()
+    handle = shipped.model.register_forward_pre_hook(lambda *_: graphs.add(torch.is_grad_enabled()))
+    try:
+        dh.sample(shipped, ["a"], 1, 4)
+    finally:
+        handle.remove()
+    assert graphs == {False}
+
+
+def test_a_model_without_a_cache_is_refused(shipped):
+    class NoCache(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.past_key_values = None
+            return output
+
+    policy = dh.Policy(NoCache(build_model("llama", shipped.vocabulary_size).config), shipped.tokenizer)
+    with pytest.raises(ValueError, match="policy: NoCache returns no past_key_values; sampling needs a cache"):
+        dh.sample(policy, ["a"], 1, 2)
+
+
 def test_greedy_limit_agrees_with_generate(random_policy):
     rollouts = dh.sample(random_policy, PROMPTS, responses_per_prompt=1, max_new_tokens=10, temperature=1e-6)
     for row, prompt in enumerate(PROMPTS):
@@ -402,6 +437,7 @@ def test_greedy_limit_agrees_with_generate(random_policy):
             eos_token_id=list(random_policy.eos_token_ids))[0, ids.shape[1]:]
         kept = rollouts.response_ids[row][rollouts.response_mask[row]]
         assert torch.equal(kept, expected[:len(kept)])
+        assert len(kept) == 10 or kept[-1] in random_policy.eos_token_ids
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -466,6 +502,15 @@ def test_bad_arguments_are_named(shipped, arguments, message):
 def test_arguments_of_the_wrong_type_are_named(shipped, arguments, message):
     with pytest.raises(TypeError, match=message):
         dh.sample(**{"policy": shipped, "prompts": ["a"], **arguments})
+
+
+def test_a_response_may_fill_the_context(shipped):
+    policy = dh.Policy(build_model("llama", shipped.vocabulary_size), shipped.tokenizer)
+    (ids,) = policy.encode(PROMPTS[:1])
+    room = policy.context_length - len(ids)
+    assert len(dh.sample(policy, PROMPTS[:1], 1, max_new_tokens=room)) == 1
+    with pytest.raises(ValueError, match=rf"prompts\[0\]: has {len(ids)} tokens; with max_new_tokens={room + 1} that"):
+        dh.sample(policy, PROMPTS[:1], 1, max_new_tokens=room + 1)
 
 
 def test_prompts_may_come_from_anywhere(shipped, problems):
@@ -538,7 +583,9 @@ def test_rollouts_longer_than_the_context_are_refused():
             call(long)
         if name != "measured":
             call(fits)
-    # Padding is no part of a sequence, and what has no context has no limit.
+    # What fills the context fits it. Padding is no part of a sequence, and what has no context has no limit.
+    check_rollouts(policy, dh.Rollouts(ids[:, 3:], torch.ones(2, 128, dtype=torch.bool), long.response_mask,
+                                       torch.arange(2)))
     assert fits.input_ids.shape[1] == 131
     check_rollouts(dh.Policy(build_model("bloom", 37)), long)
     uniforms = torch.rand(1, 98, dtype=torch.float64)

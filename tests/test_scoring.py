@@ -107,6 +107,18 @@ def test_the_output_layer_is_found_in_every_dtype():
             assert layer.scaling[:2] == scaling
 
 
+def test_logits_in_bfloat16_are_scored_in_float32():
+    model = build_model("llama", 300, torch.bfloat16)
+    model.lm_head = Sharpened(model.lm_head)
+    policy, rollouts = dh.Policy(model), random_rollouts(300)
+    with torch.no_grad():
+        scores, expected = dh.score(policy, rollouts), by_transformers(policy, rollouts)
+    for got, wanted in zip(scores, expected, strict=True):
+        assert got.dtype == torch.float32
+        # Logits of rows of another length are rounded differently; sums of them in bfloat16 would be further off.
+        torch.testing.assert_close(got.double(), wanted, atol=0.1, rtol=0.1)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_does_not_depend_on_the_batch_size(random_policy, batch_size):
     rollouts = dh.sample(random_policy, PROMPTS, 3, max_new_tokens=12)
@@ -165,6 +177,17 @@ def test_entropy_of_any_logits_matches_scipy_and_its_gradient_is_finite(row):
     torch.testing.assert_close(gradient, expected, atol=1e-9, rtol=1e-9)
 
 
+def test_padding_may_hold_a_token_of_probability_zero():
+    model = build_model("phi", 50)
+    with torch.no_grad():
+        model.lm_head.bias[0] = -math.inf
+    rollouts = random_rollouts(50)
+    ids = torch.where(rollouts.attention_mask, rollouts.input_ids.clamp(min=1), 0)
+    assert not rollouts.response_mask.all()
+    scores = dh.score(dh.Policy(model), rollouts.replace(input_ids=ids))
+    assert all(torch.isfinite(x).all() for x in scores)
+
+
 def test_nan_logits_name_the_rollout(shipped):
     rollouts = dh.sample(shipped, PROMPTS, 1, max_new_tokens=3)
     broken = {name: p.detach().clone() for name, p in shipped.parameters.items()}
@@ -216,3 +239,6 @@ def test_bad_arguments_are_named(shipped):
         dh.score(shipped, rollouts, {"model.norm.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="rollouts: expected token ids below the policy's vocabulary size 434"):
         dh.score(shipped, rollouts.replace(input_ids=rollouts.input_ids + 600))
+    with pytest.raises(ValueError, match="rollouts: expected token ids below .* 434, got -1 to"):
+        dh.score(shipped, rollouts.replace(input_ids=rollouts.input_ids.clamp(max=300).index_fill(
+            0, torch.tensor(0), -1)))

@@ -119,7 +119,15 @@ def test_three_prompts_have_the_jackknife_only():
 
 def test_equal_products_have_no_error():
     assert repr(u_statistic(torch.ones(5, 5))) == "1 ± 0"
-    assert repr(two_sample_product(torch.full((3, 4), 2.0))) == "2 ± 0"
+    constant = two_sample_product(torch.full((3, 4), 2.0))
+    assert repr(constant) == "2 ± 0" and constant.count == 3
+
+
+@pytest.mark.parametrize("function", [u_statistic, two_sample_product])
+def test_no_graph_of_the_products_is_kept(function):
+    products = random(4, 4)
+    found = function(products.clone().requires_grad_())
+    assert not found.contributions.requires_grad and found.value == function(products).value
 
 
 def test_the_standard_error_keeps_to_what_the_noise_of_both_sides_brings():

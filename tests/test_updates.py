@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -77,7 +78,9 @@ def test_direction_is_what_the_optimizer_does_after_several_steps(name, dtype, t
             assert p.grad is grads[n][0] and (p.grad is None) == (step == 0)
             assert p.grad is None or torch.equal(p.grad, grads[n][1])
         for old, new in zip(state["state"].values(), optimizer.state_dict()["state"].values(), strict=True):
-            assert all(torch.equal(torch.as_tensor(old[k]), torch.as_tensor(new[k])) for k in old if old[k] is not None)
+            assert old.keys() == new.keys()
+            assert all(new[k] is x is None or torch.equal(torch.as_tensor(x), torch.as_tensor(new[k]))
+                       for k, x in old.items())
         change = real_change(policy, rollouts, optimizer, "grpo", 0.7)
         assert relative_error(direction.vector, change) < tolerance
 
@@ -130,8 +133,16 @@ def test_groups_frozen_parameters_and_unreached_ones():
         change = real_change(policy, rollouts, optimizer, "grpo", 0.5)
         assert relative_error(direction.vector, change) < 1e-12
     assert "transformer.wpe.weight" in names and "transformer.wpe.weight" not in direction.vector
-    still = [n for n, v in direction.vector.items() if not v.any()]
-    assert "idle" in still and all("ln" in n or n == "idle" for n in still)
+    still = {n for n, v in direction.vector.items() if not v.any()}
+    assert still == {n for n in policy.parameters if "ln" in n or n == "idle"}
+
+
+def test_an_optimizer_may_hold_frozen_parameters():
+    policy = dh.Policy(build_model("llama", 11, torch.float64))
+    optimizer = AdamW(policy.model.parameters(), lr=0.02)
+    policy.model.model.norm.weight.requires_grad_(False)
+    direction = dh.update_direction(policy, rollouts_for(11), optimizer=optimizer)
+    assert relative_error(direction.vector, real_change(policy, rollouts_for(11), optimizer, "grpo")) < 1e-12
 
 
 class LowRank(torch.nn.Module):
@@ -199,6 +210,16 @@ def test_bfloat16_parameters_give_a_float32_direction(shipped, problems):
     rough = dh.update_direction(half, rollouts, optimizer=make(half.parameters.values())).vector
     assert all(v.dtype == torch.float32 for v in rough.values())
     assert relative_error(rough, exact) < 0.1
+
+
+def test_state_in_bfloat16_is_computed_with_in_float32():
+    policy = dh.Policy(build_model("llama", 11, torch.bfloat16))
+    optimizer = SGD(policy.parameters.values(), lr=0.1, momentum=0.9)
+    real_change(policy, rollouts_for(11), optimizer, "grpo")
+    direction = dh.update_direction(policy, rollouts_for(11, seed=1), optimizer=optimizer)
+    for name, p in policy.parameters.items():
+        buffer = optimizer.state[p]["momentum_buffer"]
+        assert buffer.dtype == torch.bfloat16 and torch.equal(direction.momentum[name], -(0.9 * buffer.float()))
 
 
 def test_bad_input_is_named():
@@ -333,6 +354,9 @@ def test_fingerprints_tell_values_apart_and_nothing_else():
               x.roll(fingerprints.CHUNK), torch.zeros_like(x), torch.zeros_like(x[0]), x.long(), torch.complex(x, x))
     words = [fingerprints.fingerprint({"x": y})["x"] for y in others]
     assert len({word, *words}) == 1 + len(others)
+    for a, b in ((torch.complex(x, x), torch.complex(x, x + 0.5)), (torch.tensor([1]), torch.tensor([1 + 2**40])),
+                 (torch.tensor([True]), torch.tensor([False]))):
+        assert fingerprints.fingerprint({"x": a}) != fingerprints.fingerprint({"x": b})
 
 
 class Renamed(AdamW):
@@ -394,6 +418,7 @@ def with_scheduler(optimizer):
 @pytest.mark.parametrize("make", [
     Renamed, lambda p: with_scheduler(Renamed(p)), lambda p: with_scheduler(SGD(p, lr=0.1, momentum=0.9)),
     lambda p: Accelerator(cpu=True).prepare(AdamW(p, lr=0.02)),
+    lambda p: AcceleratedOptimizer(Accelerator(cpu=True).prepare(AdamW(p, lr=0.02))),
     lambda p: with_scheduler(Accelerator(cpu=True).prepare(AdamW(p, lr=0.02)).optimizer)])
 def test_the_same_step_under_another_name(make):
     """Subclasses that change nothing, schedulers, and what Accelerate makes of an optimizer."""

@@ -129,6 +129,17 @@ def test_a_bias_of_minus_infinity_is_a_token_of_probability_zero(tiles):
                     torch.autograd.grad(sum(x.sum() for x in wanted), [hidden, weight]), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
+    def along(chosen, bias, targets):
+        """Values and derivatives of first and second order, by forward mode."""
+        def function(w):
+            return dh.linear_log_probs_and_entropies(hidden.detach(), w, targets, bias=bias)
+
+        w = weight.detach()[chosen]
+        return torch.func.jvp(lambda w: torch.func.jvp(function, (w,), (w.cos(),)), (w,), (w.cos(),))
+
+    torch.testing.assert_close(along(slice(None), bias.detach(), targets), along(kept, bias.detach()[kept], place),
+                               atol=1e-12, rtol=1e-12)
+
 
 def test_memory_stays_far_below_the_logits():
     """No allocation of the forward pass comes to a tenth of the logits."""

@@ -98,7 +98,8 @@ class Policy:
         Raises:
             TypeError or ValueError: no token ids of that shape, `keep` outside [1, L], or unknown parameters.
         """
-        return self.run_keeping(keep, _arguments(input_ids, keep), parameters).logits[:, -keep:]
+        keep = _kept(input_ids, keep)
+        return self.run_keeping(keep, {"input_ids": input_ids, "use_cache": False}, parameters).logits[:, -keep:]
 
     def output(self, input_ids: Tensor, keep: int,
                parameters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, OutputLayer | None, Tensor | None]:
@@ -110,6 +111,7 @@ class Policy:
             (hidden states [N, keep, d] that the output layer is given, the output layer, None), and where it is not
             linear, or the model does more to its logits than scale or soft-cap them, (hidden states, None, logits).
         """
+        keep = _kept(input_ids, keep)
         with evaluation(self.model):
             if not self.has_linear_output:
                 self.has_linear_output = self._finds_linear_output()
@@ -124,7 +126,7 @@ class Policy:
 
     def _linear_output(self, input_ids: Tensor, keep: int = 1, parameters: Mapping[str, Tensor] | None = None
                        ) -> tuple[Tensor, OutputLayer] | None:
-        arguments = _arguments(input_ids, keep)
+        arguments = {"input_ids": input_ids, "use_cache": False}
         if accepts(type(self.model), "logits_to_keep"):
             arguments["logits_to_keep"] = keep
         with evaluation(self.model):
@@ -258,11 +260,10 @@ class Policy:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def _arguments(input_ids: Tensor, keep: int) -> dict[str, Any]:
-    """For a run without a cache, of which `keep` positions are wanted."""
+def _kept(input_ids: Tensor, keep: int) -> int:
+    """Of how many of the last positions of token ids [N, L] something is wanted."""
     checks.tensor("input_ids", input_ids, ("N", "L"), "integer")
-    checks.integer("keep", keep, minimum=1, maximum=input_ids.shape[1])
-    return {"input_ids": input_ids, "use_cache": False}
+    return checks.integer("keep", keep, minimum=1, maximum=input_ids.shape[1])
 
 
 def load_policy(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "float32") -> Policy:
