@@ -428,6 +428,15 @@ def test_a_backward_pass_that_is_not_the_derivative_is_refused(kind, dtype):
             call(policy, rollouts)
 
 
+def test_a_backward_pass_is_told_within_the_rounding_of_autocast():
+    model, rollouts = build_model("llama", V), rollouts_for()
+    model.model.norm.register_forward_hook(lambda module, arguments, h: (h - h.detach().mean()) + h.detach().mean())
+    exact = dh.fisher_kernel(dh.Policy(model), rollouts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = dh.fisher_kernel(dh.Policy(model), rollouts)
+    assert 1e-4 < float((rough - exact).norm() / exact.norm()) < 0.04
+
+
 def test_a_layer_called_once_more_without_grad_is_refused():
     with pytest.raises(ValueError, match="is not the derivative of its function, as it hides .*linear without grad"):
         dh.fisher_kernel(unusual("no grad"), rollouts_for())
