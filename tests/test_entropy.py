@@ -173,8 +173,9 @@ def test_truncated_entropy_of_a_batch_and_of_a_uniform_tail():
     _, lower, upper = dh.truncated_entropy(torch.zeros(1000), top_k=10)
     assert float(lower) == pytest.approx(math.log(1000)) == pytest.approx(float(upper))
     # And so is a tail of one token; rounding never turns the bounds around.
-    value, lower, upper = dh.truncated_entropy(tensor([2.0, 0.0]), top_k=1)
-    assert float(lower) == float(upper) == pytest.approx(float(torch.special.entr(tensor([2.0, 0.0]).softmax(-1)).sum()))
+    two = tensor([2.0, 0.0])
+    value, lower, upper = dh.truncated_entropy(two, top_k=1)
+    assert float(lower) == float(upper) == pytest.approx(float(torch.special.entr(two.softmax(-1)).sum()))
     for size in range(2, 200):
         _, lower, upper = dh.truncated_entropy(torch.full((size,), 0.1), top_k=1 + size // 3)
         assert lower <= upper

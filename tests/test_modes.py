@@ -230,7 +230,8 @@ def test_attention_written_out_is_attention(mask):
 @pytest.mark.parametrize("affine", [(), ("weight",), ("weight", "bias")])
 def test_layer_norm_written_out_is_layer_norm(affine):
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, 4, 8, generator=generator, dtype=torch.float64) for shape in ((2, 3), (), ()))
+    x, weight, bias = (torch.randn(*shape, 4, 8, generator=generator, dtype=torch.float64)
+                       for shape in ((2, 3), (), ()))
     options = {name: {"weight": weight, "bias": bias}[name] for name in affine} | {"eps": 0.1}
     wanted = torch.nn.functional.layer_norm(x, (4, 8), **options)
     with forward_mode(build_model("qwen2", V)):
