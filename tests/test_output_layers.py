@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 import deltah as dh
 from conftest import SMALL, build_model, random_rollouts
+from deltah.models.causal_lm import with_cache
 from deltah.models.output_layers import Probe
 
 V = 50
@@ -18,7 +19,7 @@ def by_logits(policy, rollouts=ROLLOUTS):
     for row in range(len(rollouts)):
         ids = rollouts.input_ids[row][rollouts.attention_mask[row]][None]
         length = int(rollouts.lengths[row])
-        output = policy.run(policy.generation_arguments(torch.ones_like(ids), input_ids=ids))
+        output = policy.run(with_cache(policy.model, torch.ones_like(ids), input_ids=ids))
         log_p = (output.logits[0, -length - 1:-1].double() / rollouts.temperature).log_softmax(-1)
         found[row, :length] = log_p.gather(-1, ids[0, -length:, None])[:, 0]
     return found

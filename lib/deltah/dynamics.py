@@ -29,6 +29,7 @@ from deltah.derivatives.taylor import derivatives_along
 from deltah.entropy import UNITS
 from deltah.estimates import Estimate
 from deltah.fingerprints import digest, fingerprint
+from deltah.models.output_layers import rounding
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts, check_rollouts
 from deltah.scoring import batches, in_batches, score_batch, weighted_gradient
@@ -335,7 +336,7 @@ def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change
     whole = float(tokens.sum()) + causes.momentum + causes.weight_decay
     size = float(tokens.abs().sum()) + abs(causes.momentum) + abs(causes.weight_decay)
     # Two thirds of the digits that the model computes with.
-    if abs(whole - change.value) > policy.rounding() ** (2 / 3) * size:
+    if abs(whole - change.value) > rounding(policy.model) ** (2 / 3) * size:
         raise ValueError(f"policy: the parts sum to {whole:.4g}, and the change is {change.value:.4g}; the backward "
                          f"pass of {type(policy.model).__name__} is not the derivative of its function, as where it "
                          "detaches something that moves")

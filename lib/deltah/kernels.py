@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from deltah import checks, memory
 from deltah.derivatives.sample_gradients import SampleGradient, sample_gradients
-from deltah.policies import Policy
+from deltah.policies import Policy, check_tensors
 from deltah.rollouts import Rollouts, check_rollouts
 from deltah.scoring import batches
 
@@ -198,7 +198,7 @@ def _checked(policy: Policy, preconditioner: Mapping[str, Tensor] | None) -> dic
     checks.instance("preconditioner", preconditioner, Mapping, "a mapping from names to tensors")
     for name, p in preconditioner.items():
         checks.tensor(f"preconditioner[{name!r}]", p, kind="number")
-    policy.check(preconditioner, "preconditioner")
+    check_tensors(policy, preconditioner, "preconditioner")
     return {name: p.detach().to(policy.device) for name, p in preconditioner.items()}
 
 

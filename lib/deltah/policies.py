@@ -134,28 +134,7 @@ class Policy:
 
     def _finds_linear_output(self) -> bool:
         with torch.no_grad():
-            return self._linear_output(self._one_token()) is not None
-
-    def _one_token(self) -> Tensor:
-        return torch.zeros(1, 1, dtype=torch.long, device=self.device)
-
-    def rounding(self) -> float:
-        """How far the numbers that the model computes with are apart, relatively.
-
-        Those of its own dtype, or of float32, which most fall back to in places, or of autocast around it or in it.
-        """
-        kinds = [self.dtype, torch.float32]
-        with evaluation(self.model), torch.no_grad():
-            forward = self.model.get_output_embeddings().forward
-
-            def asked(hidden):
-                device = hidden.device.type
-                kinds.extend([torch.get_autocast_dtype(device)] * torch.is_autocast_enabled(device))
-                return forward(hidden)
-
-            with watched_output(self.model, asked):
-                self.run({"input_ids": self._one_token(), "use_cache": False})
-        return max(torch.finfo(kind).eps for kind in kinds)
+            return self._linear_output(torch.zeros(1, 1, dtype=torch.long, device=self.device)) is not None
 
     def run(self, arguments: Mapping[str, Any], parameters: Mapping[str, Tensor] | None = None) -> Any:
         """The model's output for keyword `arguments`, with `parameters` in place of its own where given."""
@@ -199,28 +178,10 @@ class Policy:
             TypeError: `direction` is no dict of tensors, or `step` no number.
             ValueError: a name that is not a trainable parameter's, a shape that differs, or a part not finite.
         """
-        self.check(direction)
+        check_tensors(self, direction)
         step = checks.number("step", step)
         return {name: (p.detach() + step * direction[name]).to(p.dtype) if name in direction else p.detach()
                 for name, p in self.parameters.items()}
-
-    def check(self, tensors: Mapping[str, Tensor], argument: str = "direction") -> None:
-        """Raise ValueError where tensors by name, such as a direction, have a part that no trainable parameter has."""
-        own = self.parameters
-        for name, v in checks.instance(argument, tensors, Mapping, "tensors by name").items():
-            checks.dense(f"{argument}[{name!r}]", checks.tensor(f"{argument}[{name!r}]", v, kind="number"))
-            if name not in own or v.shape != own[name].shape:
-                expected = f"shape {list(own[name].shape)}" if name in own else "the name of a trainable parameter"
-                raise ValueError(f"{argument}[{name!r}]: expected {expected}, got {name!r} of shape {list(v.shape)}")
-            if not torch.isfinite(v).all():
-                raise ValueError(f"{argument}[{name!r}]: expected finite numbers, got NaN or infinity")
-
-    def generation_arguments(self, attention_mask: Tensor, **arguments: Any) -> dict[str, Any]:
-        """Keyword arguments for the model with a cache: positions count tokens, so that left padding shifts nothing."""
-        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        if accepts(type(self.model), "position_ids"):
-            arguments["position_ids"] = positions[:, -arguments["input_ids"].shape[1]:]
-        return {"attention_mask": attention_mask.long(), "use_cache": True, **arguments}
 
     def encode(self, prompts: Iterable[Prompt]) -> list[list[int]]:
         """Token ids of each prompt, special tokens included.
@@ -258,6 +219,18 @@ class Policy:
         checks.tensor("mask", mask, tuple(tokens.shape), "boolean")
         rows = [row[kept].tolist() for row, kept in zip(tokens.cpu(), mask.cpu(), strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def check_tensors(policy: Policy, tensors: Mapping[str, Tensor], argument: str = "direction") -> None:
+    """Raise ValueError where tensors by name, such as a direction, have a part that no trainable parameter has."""
+    own = policy.parameters
+    for name, v in checks.instance(argument, tensors, Mapping, "tensors by name").items():
+        checks.dense(f"{argument}[{name!r}]", checks.tensor(f"{argument}[{name!r}]", v, kind="number"))
+        if name not in own or v.shape != own[name].shape:
+            expected = f"shape {list(own[name].shape)}" if name in own else "the name of a trainable parameter"
+            raise ValueError(f"{argument}[{name!r}]: expected {expected}, got {name!r} of shape {list(v.shape)}")
+        if not torch.isfinite(v).all():
+            raise ValueError(f"{argument}[{name!r}]: expected finite numbers, got NaN or infinity")
 
 
 def _kept(input_ids: Tensor, keep: int) -> int:

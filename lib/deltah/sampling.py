@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from deltah import checks, memory
+from deltah.models.causal_lm import with_cache
 from deltah.models.modes import evaluation
 from deltah.models.prompts import Prompt, check_prompts, conversational, has_template
 from deltah.policies import Policy
@@ -220,7 +221,7 @@ def _sample_batch(policy: Policy, encoded: list[list[int]], prompt_index: Tensor
     chosen, inverse = prompt_index.unique(return_inverse=True)
     inverse = inverse.to(policy.device)
     step_ids, attention = _left_pad([encoded[i] for i in chosen.tolist()], policy.device)
-    output = policy.run_keeping(1, policy.generation_arguments(attention, input_ids=step_ids), parameters)
+    output = policy.run_keeping(1, with_cache(policy.model, attention, input_ids=step_ids), parameters)
     cache, logits = getattr(output, "past_key_values", None), output.logits[inverse, -1]
     if cache is None:
         raise ValueError(f"policy: {type(policy.model).__name__} returns no past_key_values; sampling needs a cache")
@@ -243,7 +244,7 @@ def _sample_batch(policy: Policy, encoded: list[list[int]], prompt_index: Tensor
             rows, drawn, attention, running = (x[running] for x in (rows, drawn, attention, running))
         if step + 1 < steps:
             attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
-            arguments = policy.generation_arguments(attention, input_ids=drawn[:, None], past_key_values=cache)
+            arguments = with_cache(policy.model, attention, input_ids=drawn[:, None], past_key_values=cache)
             logits = policy.run(arguments, parameters).logits[:, -1]
     return tokens, mask
 

@@ -24,7 +24,7 @@ from deltah.models.modes import held
 from deltah.objectives import Objective, find
 from deltah.objectives.clipping import check_inside
 from deltah.optimizers import rule_of, unwrapped
-from deltah.policies import Policy
+from deltah.policies import Policy, check_tensors
 from deltah.rollouts import Rollouts
 from deltah.scoring import batches, score, weighted_gradient
 
@@ -89,7 +89,7 @@ class Direction:
         if not 0 <= index < len(self.rollouts):
             raise ValueError(f"index: expected one of 0 to {len(self.rollouts) - 1}, got {index}")
         self.check_made_at(state_of(self.policy))
-        self.policy.check(self.vector, "direction.vector")
+        check_tensors(self.policy, self.vector, "direction.vector")
         names, rows = list(self.preconditioner), torch.tensor([index])
         gradient = weighted_gradient(self.policy, self.rollouts, [rows], names, self.token_weights)
         return {name: torch.zeros_like(self.vector[name]) if g is None else self.preconditioner[name] * g
@@ -221,7 +221,7 @@ def vector_of(policy: Policy, direction: Direction | Mapping[str, Tensor],
         vector = checks.instance("direction", direction, Mapping, "a Direction or a dict of tensors by parameter name")
         for name, x in vector.items():
             checks.tensor(f"direction[{name!r}]", x, kind="floating")
-    policy.check(vector)
+    check_tensors(policy, vector)
     return vector
 
 

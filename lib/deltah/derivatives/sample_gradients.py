@@ -31,7 +31,7 @@ from deltah.derivatives.rows import Rows
 from deltah.derivatives.taylor import DETACHES, derivatives_along
 from deltah.derivatives.uses import CASTS, RULES, TRANSPOSES, is_index
 from deltah.models.modes import eager_experts
-from deltah.models.output_layers import OutputLayer
+from deltah.models.output_layers import OutputLayer, rounding
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import log_probs_and_entropies, response_output, score, score_batch
@@ -104,7 +104,7 @@ def _check_backward(policy: Policy, rollout: Rollouts, hidden: str) -> None:
                          f"derivative of its function cannot be told: {error}") from error
     expected, found = sum(float(g.double().square().sum()) for g in gradients), float(slope.double().sum())
     # Two thirds of the digits that the model computes with.
-    if abs(found - expected) > policy.rounding() ** (2 / 3) * expected:
+    if abs(found - expected) > rounding(policy.model) ** (2 / 3) * expected:
         raise ValueError(f"policy: the backward pass of {name} is not the derivative of its function, as it hides "
                          f"something ({hidden}): along a rollout's gradient the log-prob changes by {found:.4g}, not "
                          f"{expected:.4g}")

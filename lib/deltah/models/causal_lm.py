@@ -84,6 +84,14 @@ def check_causal_lm(model: PreTrainedModel) -> None:
 
 
 @functools.cache
+def with_cache(model: PreTrainedModel, attention_mask: Tensor, **arguments: Any) -> dict[str, Any]:
+    """Keyword arguments for the model with a cache: positions count tokens, so that left padding shifts nothing."""
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    if accepts(type(model), "position_ids"):
+        arguments["position_ids"] = positions[:, -arguments["input_ids"].shape[1]:]
+    return {"attention_mask": attention_mask.long(), "use_cache": True, **arguments}
+
+
 def accepts(kind: type[PreTrainedModel], argument: str) -> bool:
     """Whether models of this class take a keyword argument; an instance's own `forward` may hide what it passes on."""
     return argument in inspect.signature(kind.forward).parameters

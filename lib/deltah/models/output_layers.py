@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
+from deltah.models.modes import evaluation
 from deltah.vocabulary import Scaling
 
 
@@ -42,6 +43,25 @@ def watched_output(model: PreTrainedModel, instead: Callable[[Tensor], Tensor] |
         del layer.forward
         if replaced is not None:
             layer.forward = replaced
+
+
+def rounding(model: PreTrainedModel) -> float:
+    """How far the numbers that the model computes with are apart, relatively.
+
+    Those of its own dtype, or of float32, which most fall back to in places, or of autocast around it or in it.
+    """
+    kinds = [model.dtype, torch.float32]
+    with evaluation(model), torch.no_grad():
+        forward = model.get_output_embeddings().forward
+
+        def asked(hidden):
+            device = hidden.device.type
+            kinds.extend([torch.get_autocast_dtype(device)] * torch.is_autocast_enabled(device))
+            return forward(hidden)
+
+        with watched_output(model, asked):
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    return max(torch.finfo(kind).eps for kind in kinds)
 
 
 def linear_output(model: PreTrainedModel, logits: Callable[[], Tensor]) -> tuple[Tensor, OutputLayer] | None:
