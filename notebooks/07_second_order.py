@@ -338,8 +338,8 @@ for context in (nullcontext(), raw.forward_mode()):
         nested += jvp(lambda p: jvp(partial(exact_entropy, raw), (p,), (v,))[1], (own,), (v,))[1:]
 outside, inside = nested
 differences = (16 * five[1] - five[0]) / 15
-print(f"jvp twice, PyTorch's layer norm: {outside:.3f}\njvp twice, written out:          {inside:.3f}\n"
-      f"finite differences:              {differences:.3f}")
+print(f"jvp twice, PyTorch's layer norm: {outside:.1f}\njvp twice, written out:          {inside:.1f}\n"
+      f"finite differences:              {differences:.1f}")
 ledger.holds("07.16", "derived here", "with layer norm written out, jvp twice gives the second difference (ratio)",
              measured=inside / differences, expected=1, tolerance=1e-5)
 

@@ -126,7 +126,7 @@ for name, K, v in zip(names, tiny_K, directions, strict=True):
     split[name] = [float(terms[mask].sum() / terms.sum()) for mask in pairs.values()]
 ledger.holds("08.3", "2.1", "δH₁ = −η E E′[(S − S̄) K A], plain and with P (larger gap, relative)", measured=max(gaps),
              expected=0, tolerance=1e-10)
-split.round(2)
+split.round(1)
 
 # %% [markdown]
 # The table shows shares of $\delta\mathcal H_1$; they sum to one. And $\delta\log\pi(t)=\eta\,\mathbb E'[K A]$ itself
