@@ -51,8 +51,10 @@ class Project:
         exec(claim(number), {"results": str(self.results), "x": 1})
 
     def start(self, *arguments, cwd=None):
+        # A shell that runs the tests in the background has interrupts ignored, and so would what is started here.
         return subprocess.Popen([sys.executable, self.notebooks / "run.py", "run", *arguments], cwd=cwd or self.root,
                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
                                 env={**os.environ, "PYTHONPATH": str(ROOT / "lib")})
 
     def run(self, *arguments, cwd=None):
