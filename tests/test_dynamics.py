@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import deltah as dh
-from conftest import CONFIGS, build_model
+from conftest import CONFIGS, StraightThrough, build_model
 from deltah import dynamics
 from deltah.baselines import _ridge
 from test_updates import low_rank_policy, peft_policy, rollouts_for
@@ -359,26 +359,6 @@ def test_wrong_types_are_named(shipped, problems):
 
 def straight_through(x):
     return x + ((4 * x).round() / 4 - x).detach()
-
-
-class StraightThrough(torch.autograd.Function):
-    """In one piece, with a derivative of its own for forward mode too."""
-
-    @staticmethod
-    def forward(x):
-        return (4 * x).round() / 4
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return tangent
 
 
 @pytest.mark.parametrize("function, message", [

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import deltah as dh
-from conftest import CONFIGS, MORE, build_model, random_rollouts
+from conftest import CONFIGS, MORE, StraightThrough, build_model, random_rollouts
 from deltah import vocabulary
 from deltah.derivatives import jets, taylor
 from deltah.scoring import score_batch
@@ -162,12 +162,6 @@ class OfOld(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient
-
-
-class StraightThrough(Hidden):
-    @staticmethod
-    def forward(x):
-        return (4 * x).round() / 4
 
 
 def without_grad(x):

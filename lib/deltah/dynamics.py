@@ -163,7 +163,7 @@ def entropy_change(policy: Policy, rollouts: Rollouts, direction: Direction | Ma
 
 
 def _moving(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what stays still."""
+    """Without what stays still, which needs no tangent."""
     return {name: x for name, x in v.items() if x.any()}
 
 
@@ -228,8 +228,7 @@ def _derivatives(policy: Policy, rollouts: Rollouts, v: Mapping[str, Tensor], or
                  batch_size: int | None) -> _Derivatives:
     check_rollouts(policy, rollouts)
     parameters = {name: p.detach() for name, p in policy.parameters.items()}
-    # What does not move needs no tangent.
-    v = {name: x.detach().to(parameters[name]) for name, x in _moving(v).items()}
+    v = {name: x.detach().to(parameters[name]) for name, x in v.items()}
     moving = {name: parameters[name] for name in v}
 
     def one_batch(batch: Rollouts) -> list[Tensor]:
@@ -330,7 +329,7 @@ def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change
 
     toward = {name: scale * gradient[name] for name, scale in direction.preconditioner.items() if name in gradient}
     update = direction.rollouts.to(policy.device)
-    shares = _derivatives(policy, update, toward, 1, "none", batch_size).scores_1
+    shares = _derivatives(policy, update, _moving(toward), 1, "none", batch_size).scores_1
     tokens = direction.token_weights.to(policy.device).double() * shares
     causes = Attribution(tokens, along(direction.momentum), along(direction.weight_decay))
     whole = float(tokens.sum()) + causes.momentum + causes.weight_decay

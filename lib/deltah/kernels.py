@@ -173,7 +173,6 @@ def fisher_sketch(policy: Policy, rollouts: Rollouts, dimension: int = 4096,
 def _samples(policy: Policy, rollouts: Rollouts, level: str) -> Rollouts:
     """A rollout for each row of the kernel."""
     checks.choice("level", level, LEVELS)
-    checks.instance("policy", policy, Policy)
     check_rollouts(policy, rollouts)
     if not policy.parameters:
         raise ValueError("policy: has no trainable parameters, so its kernel is empty; set requires_grad on some")

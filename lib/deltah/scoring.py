@@ -47,7 +47,6 @@ def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] |
     >>> log_probs, entropies = score(policy, rollouts)                       # doctest: +SKIP
     >>> -log_probs.sum(1).mean()           # the Monte Carlo entropy of a response   # doctest: +SKIP
     """
-    checks.instance("policy", policy, Policy)
     check_rollouts(policy, rollouts)
     if parameters is not None:
         _check_parameters(policy, parameters)
