@@ -334,7 +334,7 @@ def test_sketches_of_batches_and_sets_belong_together():
     ({"others": "rollouts"}, "others: expected a Rollouts, got 'rollouts'"),
     ({"level": None}, "level: expected one of sequence, token, got None"),
     ({"batch_size": "2"}, "batch_size: expected an integer ≥ 1, got '2'"),
-    ({"preconditioner": 1.0}, "preconditioner: expected a mapping from names to tensors, got 1.0"),
+    ({"preconditioner": 1.0}, "preconditioner: expected tensors by name, got 1.0"),
     ({"preconditioner": {"model.norm.weight": [1.0]}}, r"preconditioner\['model.norm.weight'\]: expected a tensor"),
     ({"dimension": None}, "dimension: expected an integer ≥ 1, got None"),
     ({"seed": "a"}, "seed: expected an integer ≥ 0, got 'a'")])

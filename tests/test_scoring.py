@@ -201,7 +201,7 @@ def test_nan_logits_name_the_rollout(shipped):
     ({"policy": torch.nn.Linear(2, 2)}, "policy: expected a Policy, got Linear"),
     ({"rollouts": None}, "rollouts: expected a Rollouts, got None"),
     ({"rollouts": ["a"]}, "rollouts: expected a Rollouts, got list"),
-    ({"parameters": [1]}, "parameters: expected a mapping from names to tensors, got list"),
+    ({"parameters": [1]}, "parameters: expected tensors by name, got list"),
     ({"parameters": {"model.norm.weight": 2.0}}, r"parameters\['model.norm.weight'\]: expected a tensor, got 2.0"),
     ({"batch_size": "2"}, "batch_size: expected an integer ≥ 1, got '2'"),
     ({"batch_size": True}, "batch_size: expected an integer ≥ 1, got True")])

@@ -194,9 +194,6 @@ def _samples(policy: Policy, rollouts: Rollouts, level: str) -> Rollouts:
 def _checked(policy: Policy, preconditioner: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
     if preconditioner is None:
         return None
-    checks.instance("preconditioner", preconditioner, Mapping, "a mapping from names to tensors")
-    for name, p in preconditioner.items():
-        checks.tensor(f"preconditioner[{name!r}]", p, kind="number")
     check_tensors(policy, preconditioner, "preconditioner")
     return {name: p.detach().to(policy.device) for name, p in preconditioner.items()}
 

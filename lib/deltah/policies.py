@@ -141,10 +141,7 @@ class Policy:
         with evaluation(self.model):
             if parameters is None:
                 return self.model(**arguments)
-            checks.instance("parameters", parameters, Mapping, "tensors by name")
-            unknown = parameters.keys() - self.model.state_dict().keys()
-            if unknown:
-                raise ValueError(f"parameters: the model has none named {min(map(str, unknown))!r}")
+            _check_parameters(self.model, parameters)
             return torch.func.functional_call(self.model, dict(parameters), (), dict(arguments))
 
     def run_keeping(self, keep: int, arguments: Mapping[str, Any],
@@ -231,6 +228,14 @@ def check_tensors(policy: Policy, tensors: Mapping[str, Tensor], argument: str =
             raise ValueError(f"{argument}[{name!r}]: expected {expected}, got {name!r} of shape {list(v.shape)}")
         if not torch.isfinite(v).all():
             raise ValueError(f"{argument}[{name!r}]: expected finite numbers, got NaN or infinity")
+
+
+def _check_parameters(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> None:
+    own = model.state_dict(keep_vars=True)
+    for name, p in checks.instance("parameters", parameters, Mapping, "tensors by name").items():
+        if name not in own:
+            raise ValueError(f"parameters: the model has none named {name!r}")
+        checks.tensor(f"parameters[{name!r}]", p, own[name].shape)
 
 
 def _kept(input_ids: Tensor, keep: int) -> int:

@@ -48,8 +48,6 @@ def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] |
     >>> -log_probs.sum(1).mean()           # the Monte Carlo entropy of a response   # doctest: +SKIP
     """
     check_rollouts(policy, rollouts)
-    if parameters is not None:
-        _check_parameters(policy, parameters)
     rollouts = rollouts.to(policy.device)
     with evaluation(policy.model):
         # With gradients the graphs of all batches stay, and only a caller who scores batch by batch has one at a time.
@@ -60,14 +58,6 @@ def score(policy: Policy, rollouts: Rollouts, parameters: Mapping[str, Tensor] |
     if wrong.any():
         raise ValueError(f"policy: the model's logits are NaN or all −inf, first in rollout {int(wrong.nonzero()[0])}")
     return scores
-
-
-def _check_parameters(policy: Policy, parameters: Mapping[str, Tensor]) -> None:
-    own = policy.model.state_dict(keep_vars=True)
-    for name, p in checks.instance("parameters", parameters, Mapping, "a mapping from names to tensors").items():
-        if name not in own:
-            raise ValueError(f"parameters: the model has none named {name!r}")
-        checks.tensor(f"parameters[{name!r}]", p, own[name].shape)
 
 
 def batches(policy: Policy, rollouts: Rollouts, batch_size: int | None = None, kind: str = "backward",
