@@ -4,7 +4,7 @@ Processors round differently, so that the last digit of a decimal may move; noth
 sequence of words, punctuation and numbers, where white space and line ends only separate:
 
 - Words, punctuation and integers are compared exactly, and so are names made of digits: `2.13.0`, `01.10`, Qwen2.5,
-  an arXiv number, the id that begins a row of the ledger.
+  an arXiv number, the id that begins a row of the ledger, and an anchor.
 - Decimals (with a point or an exponent) may differ by one unit of the last printed digit: 0.25 and 0.26, 10.0 and 9.9,
   9.9e-05 and 1.0e-04. Where one is printed with a digit less, half a unit of that digit comes on top: an error of
   0.0949 prints as 0.09, one of 0.0951 as 0.1, and the value beside it follows. Where digits are missing because they
@@ -25,7 +25,8 @@ from typing import NamedTuple
 from deltah import checks
 
 PIECE = re.compile(r"""
-    (?P<name>   \d+(?:\.\d+){2,} | 0\d+\.\d+ | (?<=arXiv[ :])\d+\.\d+ | (?<=^\|\ )\d+\.\d+(?=\ \|) )
+    (?P<name>   \d+(?:\.\d+){2,} | 0\d+\.\d+ | (?<=arXiv[ :])\d+\.\d+ | (?<=^\|\ )\d+\.\d+(?=\ \|)
+                | (?<="ledger-)\d+\.\w+ | (?<="\#)\d+\.\w+ | (?<=">)\d+\.\w+(?=</a>) )
   | (?P<number> (?P<sign>(?<![\w.)\]])[-−+])?
                 (?P<mantissa>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+|\.(?![\w.]))?|(?<![\w)\]])\.\d+)
                 (?:[eE](?P<exponent>[-−+]?\d+))? )
