@@ -65,17 +65,30 @@ def find_path(value: str, folders: Iterable[Path]) -> str:
 
 def read_parameters(notebooks: Path, profile: str, chapter: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """A profile's parameters for a chapter: those of its section `all`, those of its own, those of the command line."""
+    sections = _read_profile(notebooks, profile)
+    own = {**(sections.get("all") or {}), **(sections.get(chapter.name.split("_")[0]) or {})}
+    own.update((name, find_path(own[name], [notebooks])) for name in PATHS if name in own)
+    return {**own, **of_chapter(chapter, changes), "results": str(notebooks.parent / "results" / profile)}
+
+
+def read_seeds(notebooks: Path, profile: str) -> int:
+    """On how many other seeds a profile tries what the estimates of a chapter say."""
+    return _read_profile(notebooks, profile).get("seeds", 0)
+
+
+def of_chapter(chapter: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Those of the changes that a chapter has a parameter for."""
+    names = parameter_names(chapter)
+    return {name: value for name, value in changes.items() if name in names}
+
+
+def _read_profile(notebooks: Path, profile: str) -> dict[str, Any]:
     import yaml
 
     profiles = {path.stem: path for path in sorted(notebooks.glob("profiles/*.yaml"))}
     if profile not in profiles:
         sys.exit(f"PROFILE: there is no profile {profile!r}; there are {', '.join(profiles)}")
-    sections = yaml.safe_load(profiles[profile].read_text()) or {}
-    own = {**(sections.get("all") or {}), **(sections.get(chapter.name.split("_")[0]) or {})}
-    own.update((name, find_path(own[name], [notebooks])) for name in PATHS if name in own)
-    names = parameter_names(chapter)
-    return {**own, **{name: value for name, value in changes.items() if name in names},
-            "results": str(notebooks.parent / "results" / profile)}
+    return yaml.safe_load(profiles[profile].read_text()) or {}
 
 
 def check(chapters: Sequence[Path], parameters: Sequence[dict[str, Any]]) -> None:
@@ -121,10 +134,18 @@ def _check_problems(value: str, splits: Sequence[str]) -> None:
         load_problems(value, split)
 
 
-def fingerprint(root: Path, chapter: Path, parameters: dict[str, Any]) -> str:
-    """Changes whenever the chapter, its parameters, the library, the shipped data or the user's own files do."""
+def fingerprint(root: Path, chapter: Path, parameters: dict[str, Any], seeds: bool = True) -> str:
+    """Changes whenever the chapter, its parameters, the library, the shipped data or the user's own files do.
+
+    Args:
+        seeds: whether the verdicts on other seeds are among the data. The verdicts themselves do not depend on them.
+    """
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True, default=repr).encode())
-    shipped = [chapter, *root.glob("lib/deltah/**/*.py"), *root.glob("data/**/*")]
+    verdicts = root / "data" / "seeds"
+    shipped = [chapter, *root.glob("lib/deltah/**/*.py"),
+               *(path for path in root.glob("data/**/*") if verdicts not in path.parents)]
+    if seeds:
+        shipped.append(verdicts / f"{chapter.name.split('_')[0]}.json")
     for path in sorted(shipped):
         _add(digest, path, root)
     for given in (Path(parameters[name]) for name in PATHS if name in parameters):

@@ -4,7 +4,8 @@
     python notebooks/run.py sync [--chapter 01]
 
 `run` executes, two at a time and each in a process of its own, the chapters whose code, parameters, library or data
-changed since their last executed notebook in results/<profile>/. `sync` pairs every percent script with its notebook,
+changed since their last executed notebook in results/<profile>/, and where the profile says so also on other seeds.
+`sync` pairs every percent script with its notebook, takes over the verdicts on other seeds that such a run has left,
 and executes with default parameters those that changed in this sense since their outputs were stored, or the one named.
 """
 
@@ -28,6 +29,7 @@ import inputs
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 WORKERS = 2
+INTERRUPTED = 130
 # What a kernel says of itself while starting is nobody's business here.
 QUIET_KERNEL = ["--log-level=ERROR"]
 OUT_OF_MEMORY = "most likely out of memory: give it more, a smaller MODEL or PROBLEMS, or one CHAPTER at a time"
@@ -60,31 +62,69 @@ def find_chapters(number: str | None) -> list[Path]:
 
 
 class Job(NamedTuple):
-    """A chapter to execute, and the fingerprint that its notebook will carry."""
+    """A chapter to execute, its parameters, and the fingerprint that its notebook will carry."""
 
     chapter: Path
     parameters: dict[str, Any]
     mark: str
 
+    @property
+    def results(self) -> Path:
+        return Path(self.parameters["results"])
+
+    @property
+    def name(self) -> str:
+        """The chapter, and where other seeds have their results, which seed."""
+        return self.chapter.stem + (f", seed {self.results.name}" if self.results.parent.name == "seeds" else "")
+
 
 def run(chapters: list[Path], profile: str, changes: dict[str, Any]) -> int:
     results = ROOT / "results" / profile
-    jobs = []
-    for chapter in chapters:
-        parameters = inputs.read_parameters(NOTEBOOKS, profile, chapter, changes)
-        mark = inputs.fingerprint(ROOT, chapter, parameters)
-        unfinished = note_of(results, chapter.stem).is_file()
-        if not unfinished and stored_fingerprint(results / f"{chapter.stem}.ipynb") == mark:
-            print(f"{chapter.stem}: up to date")
-        else:
-            jobs.append(Job(chapter, parameters, mark))
-    status = 0
-    if jobs:
-        inputs.check([job.chapter for job in jobs], [job.parameters for job in jobs])
-        for job in jobs:
-            set_aside(results, job.chapter)
-        status = execute_all(jobs, results)
+    status = execute_missing([(chapter, inputs.read_parameters(NOTEBOOKS, profile, chapter, changes))
+                              for chapter in chapters])
+    seeds = inputs.read_seeds(NOTEBOOKS, profile)
+    if seeds and status != INTERRUPTED:
+        status = max(status, try_seeds(chapters, results / "seeds", changes, seeds))
     report(results)
+    return status
+
+
+def execute_missing(wanted: list[tuple[Path, dict[str, Any]]]) -> int:
+    """Execute chapters with parameters, but for those whose results are there; returns the exit status."""
+    jobs = []
+    for chapter, parameters in wanted:
+        job = Job(chapter, parameters, inputs.fingerprint(ROOT, chapter, parameters))
+        unfinished = note_of(job.results, chapter.stem).is_file()
+        if not unfinished and stored_fingerprint(job.results / f"{chapter.stem}.ipynb") == job.mark:
+            print(f"{job.name}: up to date")
+        else:
+            jobs.append(job)
+    if not jobs:
+        return 0
+    inputs.check([job.chapter for job in jobs], [job.parameters for job in jobs])
+    for job in jobs:
+        set_aside(job.results, job.chapter)
+    return execute_all(jobs)
+
+
+def try_seeds(chapters: list[Path], folder: Path, changes: dict[str, Any], count: int) -> int:
+    """Execute chapters on seeds 1 to `count`, at the sizes of their stored outputs; gather what their estimates say.
+
+    <folder>/<chapter's number>.json holds the verdicts of each entry, seed by seed; `sync` ships it in data/seeds/.
+    """
+    chapters = [chapter for chapter in chapters if "seed" in inputs.parameter_names(chapter)]
+    wanted = [(chapter, {**inputs.of_chapter(chapter, changes), "seed": seed, "results": str(folder / str(seed))})
+              for chapter in chapters for seed in range(1, count + 1)]
+    status = execute_missing(wanted)
+    for chapter in chapters:
+        number, verdicts = chapter.name.split("_")[0], {}
+        ledgers = [folder / str(seed) / "ledger" / f"{number}.json" for seed in range(1, count + 1)]
+        if all(path.is_file() for path in ledgers):
+            for claim in (claim for path in ledgers for claim in json.loads(path.read_text())):
+                if claim.get("standard_error") is not None:
+                    verdicts.setdefault(claim["id"], []).append(claim["verdict"])
+            mark = inputs.fingerprint(ROOT, chapter, inputs.of_chapter(chapter, changes), seeds=False)
+            write_text(folder / f"{number}.json", json.dumps({"fingerprint": mark, "verdicts": verdicts}, indent=1))
     return status
 
 
@@ -107,7 +147,7 @@ def set_aside(results: Path, chapter: Path, error: str = "not finished", message
     write_text(note_of(results, chapter.stem), json.dumps({"error": error, "message": message}))
 
 
-def execute_all(jobs: list[Job], results: Path) -> int:
+def execute_all(jobs: list[Job]) -> int:
     """Execute chapters, two at a time; returns the exit status: 0, 1 where one failed, 130 after an interrupt."""
     workers = min(WORKERS, len(jobs))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
@@ -118,28 +158,28 @@ def execute_all(jobs: list[Job], results: Path) -> int:
         while waiting or running:
             while waiting and len(running) < workers:
                 position, job = waiting.pop(0)
-                process = context.Process(target=execute, args=(*job, results, position), daemon=True)
+                process = context.Process(target=execute, args=(job, position), daemon=True)
                 process.start()
-                running[process.sentinel] = process, job.chapter
-                print(f"{job.chapter.stem}: executing", flush=True)
-            # Should this process be killed, the page says by itself what was not finished.
-            write_index(results)
+                running[process.sentinel] = process, job
+                print(f"{job.name}: executing", flush=True)
+                # Should this process be killed, the page says by itself what was not finished.
+                write_index(job.results)
             for sentinel in wait(list(running)):
-                process, chapter = running.pop(sentinel)
+                process, job = running.pop(sentinel)
                 process.join()
-                problem = outcome(results, chapter, process.exitcode)
+                problem = outcome(job.results, job.chapter, process.exitcode)
                 failures += problem is not None
-                print(f"{chapter.stem}: {'done' if problem is None else 'FAILED'}, "
+                print(f"{job.name}: {'done' if problem is None else 'FAILED'}, "
                       f"{time.monotonic() - started:.0f} s into the run", flush=True)
                 if problem:
                     print(problem, flush=True)
     except KeyboardInterrupt:
-        for process, chapter in running.values():
+        for process, job in running.values():
             process.terminate()
             process.join()
-            set_aside(results, chapter, "interrupted")
+            set_aside(job.results, job.chapter, "interrupted")
         print("\ninterrupted; run again to go on", flush=True)
-        return 130
+        return INTERRUPTED
     return 1 if failures else 0
 
 
@@ -155,18 +195,19 @@ def outcome(results: Path, chapter: Path, exit_code: int) -> str | None:
     return json.loads(note.read_text())["message"]
 
 
-def execute(chapter: Path, parameters: dict[str, Any], mark: str, results: Path, position: int) -> None:
-    """Execute one chapter into `results`; what went wrong is left in its note, which success takes away."""
+def execute(job: Job, position: int) -> None:
+    """Execute one chapter into its results; what went wrong is left in its note, which success takes away."""
     import nbformat
     import papermill
 
+    chapter, results = job.chapter, job.results
     target, partial = results / f"{chapter.stem}.ipynb", results / f"{chapter.stem}.partial.ipynb"
-    bar = {"desc": chapter.stem, "position": position, "disable": not sys.stderr.isatty()}
+    bar = {"desc": job.name, "position": position, "disable": not sys.stderr.isatty()}
     try:
-        papermill.execute_notebook(chapter.with_suffix(".ipynb"), partial, parameters, kernel_name="python3",
+        papermill.execute_notebook(chapter.with_suffix(".ipynb"), partial, job.parameters, kernel_name="python3",
                                    cwd=chapter.parent, progress_bar=bar, extra_arguments=QUIET_KERNEL)
         notebook = nbformat.read(partial, as_version=4)
-        notebook.metadata["deltah"] = {"fingerprint": mark}
+        notebook.metadata["deltah"] = {"fingerprint": job.mark}
         write_html(notebook, results / f"{chapter.stem}.html")
         nbformat.write(notebook, partial)
         os.replace(partial, target)
@@ -211,7 +252,8 @@ def report(results: Path) -> None:
     claims = write_index(results)
     print(f"ledger: {ledger.summarise(claims)}")
     for claim in claims:
-        print(f"  {claim.id:8} {claim.verdict:24} {claim.statement}")
+        print(f"  {claim.id:8} {claim.verdict:26} {claim.statement}")
+    print(ledger.by_source(claims))
     print(f"open {(results / 'index.html').relative_to(ROOT)}")
 
 
@@ -259,6 +301,7 @@ def sync(chapters: list[Path], force: bool) -> int:
     from jupytext.cli import jupytext as jupytext_command
     from nbclient import NotebookClient
 
+    keep_verdicts(chapters)
     for chapter in chapters:
         jupytext_command(["--quiet", "--set-formats", "ipynb,py:percent", "--sync", str(chapter)])
         mark = inputs.fingerprint(ROOT, chapter, parameters={})
@@ -275,6 +318,17 @@ def sync(chapters: list[Path], force: bool) -> int:
         os.replace(partial, chapter.with_suffix(".ipynb"))
     refresh_figures()
     return 0
+
+
+def keep_verdicts(chapters: list[Path]) -> None:
+    """Ship the verdicts on other seeds that `make run PROFILE=full` gathered of the chapters as they now are."""
+    for chapter in chapters:
+        name = f"{chapter.name.split('_')[0]}.json"
+        found = ROOT / "results" / "full" / "seeds" / name
+        mark = inputs.fingerprint(ROOT, chapter, parameters={}, seeds=False)
+        if found.is_file() and json.loads(found.read_text())["fingerprint"] == mark:
+            (ROOT / "data" / "seeds").mkdir(exist_ok=True)
+            write_text(ROOT / "data" / "seeds" / name, found.read_text())
 
 
 def refresh_figures() -> None:

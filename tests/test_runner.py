@@ -223,3 +223,42 @@ def test_a_profile_names_paths_from_the_notebooks(project, inputs):
                 for name in ("01_chapter", "02_chapter"))
     assert one == {"model": str(project.root / "mine"), "x": 3, "results": str(project.results)}
     assert two["model"] == "a/hub-id"
+
+
+ESTIMATE = """import json, pathlib
+folder = pathlib.Path(results) / "ledger"
+folder.mkdir(exist_ok=True)
+entry = dict(id="01.1", chapter="01", source="", section="", statement="x = x", measured=x, expected=x, tolerance=0.1,
+             correction=None, verdict="holds" if seed != 2 else "refuted", standard_error=0.1, low=0.0, high=9.0,
+             count=9)
+exact = dict(entry, id="01.2", standard_error=None)
+(folder / "01.json").write_text(json.dumps([entry, exact]))
+if seed == {failing}: raise ValueError("a seed of its own")"""
+
+
+def test_estimates_are_tried_on_other_seeds(project, inputs, monkeypatch):
+    """A profile that says so executes each chapter on other seeds, at its own sizes, and gathers the verdicts."""
+    monkeypatch.setattr(sys.modules[__name__], "PARAMETERS", PARAMETERS + "\nseed = 0")
+    (project.notebooks / "profiles" / "quick.yaml").write_text('seeds: 3\n"01":\n  x: 5\n')
+    project.chapter("01_chapter", ESTIMATE.format(failing=3))
+    status, output = project.run()
+    assert status == 1 and "01_chapter, seed 3: FAILED" in output and "a seed of its own" in output
+    gathered = project.results / "seeds" / "01.json"
+    project.chapter("01_chapter", ESTIMATE.format(failing=None))
+    status, output = project.run()
+    assert status == 0 and "01_chapter, seed 3: done" in output
+    assert json.loads(gathered.read_text())["verdicts"] == {"01.1": ["holds", "refuted", "holds"]}
+    entries = {seed: json.loads((project.results / "seeds" / seed / "ledger" / "01.json").read_text())
+               for seed in ("1", "2", "3")}
+    assert [entry[0]["measured"] for entry in entries.values()] == [1, 1, 1]
+    assert json.loads((project.results / "ledger" / "01.json").read_text())[0]["measured"] == 5
+    status, output = project.run()
+    assert "01_chapter: up to date" in output and "01_chapter, seed 2: up to date" in output
+    # What is shipped says nothing about itself: the verdicts that it holds stay those of the chapter.
+    chapter, marks = project.notebooks / "01_chapter.py", []
+    for shipped in ("one", "other"):
+        (project.root / "data" / "seeds").mkdir(parents=True, exist_ok=True)
+        (project.root / "data" / "seeds" / "01.json").write_text(shipped)
+        marks.append([inputs.fingerprint(project.root, chapter, {}, seeds) for seeds in (False, True)])
+    assert marks[0][0] == marks[1][0] == json.loads(gathered.read_text())["fingerprint"]
+    assert marks[0][1] != marks[1][1]

@@ -132,7 +132,7 @@ class Claim:
         if isinstance(fields["expected"], tuple):
             low, high = fields["expected"]
             fields["expected"] = (-math.inf if low is None else low, math.inf if high is None else high)
-        if fields["standard_error"] is not None:
+        if fields.get("standard_error") is not None:
             unbounded = {"low": -math.inf, "high": math.inf, "tolerance": math.inf}
             fields |= {name: value for name, value in unbounded.items() if fields[name] is None}
         return cls(**fields)

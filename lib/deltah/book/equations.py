@@ -38,7 +38,8 @@ FORMULAS = dict(enumerate((
     "Σ̂_X = 1/(B_E−1) Σ (X_n − X̄)(X_n − X̄)", "V̂_X = 1/(B_U (B_E−1)) Σ (Ȳ·(X_n − X̄))²",
     "V̂_Y = 1/(B_E (B_U−1)) Σ (X̄·(Y_n − Ȳ))²", "Var(δĤ₁) ≈ V̂_X + V̂_Y",
     # 2.2.4: variance reduction
-    "Ĥ_RB = −(1/G) Σ_n Σ_k Σ_{t_k} π log π", "E[Σ_{t′_k} π log π(t′_k|t_<k)]", "Σ π(t_<k) π(t′_k|t_<k) log π(t′_k|t_<k)",
+    "Ĥ_RB = −(1/G) Σ_n Σ_k Σ_{t_k} π log π", "E[Σ_{t′_k} π log π(t′_k|t_<k)]",
+    "Σ π(t_<k) π(t′_k|t_<k) log π(t′_k|t_<k)",
     "Σ_t π(t) log π(t_k|t_<k)", "Σ_t π(t) log π(t) = −E[H]", "E[H] = Σ π(t|p) D(p) log π(t|p) → (1/B) Σ π log π",
     "F_k = σ(p, t_<k)", "Z_k = −log π(t_k|t_<k, p)", "H_k = E[Z_k|F_k]", "S = Σ Z_k and S_RB = Σ H_k",
     "Var(S_RB) ≤ Var(S)", "E[S] = Σ E[Z_k] = Σ E[E[Z_k|F_k]] = E[S_RB]", "E[D_k|F_{k−1}] = 0",

@@ -318,7 +318,8 @@ def markdown(claims: Iterable[Claim], pages: Mapping[str, str] | None = None) ->
 
 def _formula_table(claims: list[Claim], pages: Mapping[str, str]) -> str:
     verdicts = formula_verdicts(claims)
-    lines = ["## Displayed formulas of the notes", "", "| | section | formula | entries | verdict |", "|---|---|---|---|---|"]
+    lines = ["## Displayed formulas of the notes", "",
+             "| | section | formula | entries | verdict |", "|---|---|---|---|---|"]
     for number, formula in FORMULAS.items():
         entries = " ".join(_link(c, pages) for c in claims if number in c.formulas)
         lines.append(f"| {number} | {section_of(number)} | " + formula.replace("|", "\\|")
