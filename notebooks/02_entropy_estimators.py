@@ -611,7 +611,9 @@ ledger.holds("02.40", "derived here", "top-p 0.8 rollouts miss entropy: relative
 random = np.random.default_rng(seed)
 shouted = [" ".join(word.upper() if random.random() < share else word for word in prompt.split(" "))
            for prompt, share in zip(table["prompt"], random.random(len(table)) ** 6, strict=True)]
-loud = dh.sample(policy, shouted[:tail_prompts], 2, 2 * max_new_tokens, seed=seed)
+loud_table = table.remove_columns("prompt").add_column("prompt", shouted)
+loud_table = loud_table.select(range(min(tail_prompts, len(table))))
+loud = dh.sample(policy, loud_table, 2, 2 * max_new_tokens, seed=seed)
 with torch.no_grad():
     loud_scores = dh.score(policy, loud)
 means = {"these problems": target.view(-1, responses).mean(1).double().cpu(),
