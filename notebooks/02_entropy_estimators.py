@@ -30,7 +30,7 @@
 #   the variance [02.35](#ledger-02.35).
 # - **Prompts for ±5%: $1537\,\mathrm{CV}^2$.** On the shipped problems that is 260 (220 to 300), with a heavy tail
 #   3,900 (3,300 to 4,500) [02.37](#ledger-02.37), and with the heavy tail and three features of the prompt in a
-#   regression 350 (260 to 460) [02.43](#ledger-02.43). So the notes' *well over a thousand* is right, and *control
+#   regression 390 (280 to 520) [02.43](#ledger-02.43). So the notes' *well over a thousand* is right, and *control
 #   variates won't solve it* is not.
 # - **Truncated sampling biases.** With top-p or top-k the prefixes are those of another policy [02.39](#ledger-02.39).
 # - **What to do.** Average next-token entropies, per token as a ratio of means. Leave $c$ at 0 below 50 prompts. Put
@@ -69,6 +69,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset
 from matplotlib import pyplot as plt
 
 import deltah as dh
@@ -611,8 +612,7 @@ ledger.holds("02.40", "derived here", "top-p 0.8 rollouts miss entropy: relative
 random = np.random.default_rng(seed)
 shouted = [" ".join(word.upper() if random.random() < share else word for word in prompt.split(" "))
            for prompt, share in zip(table["prompt"], random.random(len(table)) ** 6, strict=True)]
-loud_table = table.remove_columns("prompt").add_column("prompt", shouted)
-loud_table = loud_table.select(range(min(tail_prompts, len(table))))
+loud_table = Dataset.from_dict({"prompt": shouted[:tail_prompts]})
 loud = dh.sample(policy, loud_table, 2, 2 * max_new_tokens, seed=seed)
 with torch.no_grad():
     loud_scores = dh.score(policy, loud)
