@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -92,6 +93,37 @@ def test_one_cluster_leaves_the_error_unknown():
 def test_bad_contributions_are_named(contributions):
     with pytest.raises(ValueError, match="contributions: expected"):
         Estimate.mean(contributions)
+
+
+def test_drawing_without_replacement_has_the_variance_of_two_stages():
+    """Every draw of two of three clusters, of every pair of their values: the mean error squared is the variance."""
+    population = torch.tensor([[0.0, 1.0, 5.0], [2.0, 2.5, 4.0], [7.0, 9.0, 9.5]], dtype=torch.float64)
+    clusters, truth = torch.tensor([0, 0, 1, 1]), float(population.mean())
+    drawn, infinite = [], []
+    for pair in itertools.combinations(population, 2):
+        for values in itertools.product(pair[0], pair[0], pair[1], pair[1]):
+            drawn.append(Estimate.mean(torch.stack(values), clusters, population=3))
+            infinite.append(Estimate.mean(torch.stack(values), clusters))
+    squares = np.mean([(e.value - truth) ** 2 for e in drawn])
+    assert np.mean([e.standard_error**2 for e in drawn]) == pytest.approx(squares, rel=1e-12)
+    assert np.mean([e.standard_error**2 for e in infinite]) > 2 * squares
+
+
+def test_a_whole_population_leaves_only_what_its_clusters_leave_open():
+    values, clusters = torch.tensor([1.0, 3.0, 10.0, 14.0]), torch.tensor([0, 0, 1, 1])
+    # Variances within of 2 and 8, over two samples each, averaged over two clusters.
+    assert Estimate.mean(values, clusters, population=2).standard_error == pytest.approx(math.sqrt((1 + 4) / 4))
+    assert (Estimate.mean(values, clusters, population=10**9).standard_error
+            == pytest.approx(Estimate.mean(values, clusters).standard_error))
+
+
+@pytest.mark.parametrize("clusters, population, message", [
+    (torch.tensor([0, 0, 1, 1]), 1, "population"),
+    (torch.tensor([0, 0, 1, 2]), 9, "population: expected clusters of two samples"),
+    (None, 9, "population: expected clusters of two samples")])
+def test_bad_populations_are_named(clusters, population, message):
+    with pytest.raises(ValueError, match=message):
+        Estimate.mean(torch.ones(4), clusters, population)
 
 
 def test_bad_clusters_and_levels_are_named():

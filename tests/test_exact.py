@@ -11,8 +11,10 @@ from transformers import BertConfig, BertForMaskedLM
 import deltah as dh
 from conftest import CONFIGS, build_model
 from deltah.exact import (
+    conditional_mean,
     covariance,
     coverage,
+    cross_fitted,
     every_response,
     exact_policy,
     flat_gradient,
@@ -176,3 +178,38 @@ def test_the_models_own_call_keeps_its_signature():
     model = exact_policy(build_model("llama", 5)).model
     assert "logits_to_keep" in inspect.signature(model.forward).parameters
     assert "self" not in inspect.signature(model.forward).parameters
+
+
+def test_a_conditional_mean_is_known_given_what_it_conditions_on():
+    policy = tiny_policy(vocabulary_size=3, eos_token_id=0, seed=2)
+    every = every_response(policy, [[1], [2, 1]], 3)
+    with torch.no_grad():
+        scores = dh.score(policy, every)
+    joint = probabilities(scores) / 2
+    for k in range(3):
+        # Given the prefix, a surprisal's mean is the next-token entropy; given the token too, it is itself.
+        surprisal = -scores.log_probs[:, k]
+        assert (conditional_mean(surprisal, every, joint, k) - scores.entropies[:, k]).abs().max() < 1e-12
+        assert (conditional_mean(surprisal, every, joint, k + 1) - surprisal).abs().max() < 1e-12
+    by_prompt = conditional_mean(every.lengths.double(), every, joint, 0)
+    for prompt in (0, 1):
+        rows = every.prompt_index == prompt
+        wanted = joint[rows] @ every.lengths[rows].double() / joint[rows].sum()
+        assert by_prompt[rows].numpy() == pytest.approx(float(wanted), abs=1e-12)
+
+
+def test_replicates_of_the_control_variate_are_the_librarys():
+    target, weights = torch.tensor([0.0, 2.0, 1.0, 5.0]).double(), torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
+    variate = torch.tensor([-1.0, 0.0, 1.0, 3.0]).double()
+    variate -= weights @ variate
+    plain, fitted = cross_fitted(target, variate, weights, size=6, replicates=30, seed=3)
+    rows = torch.multinomial(weights, 180, True, generator=torch.Generator().manual_seed(3)).view(30, 6)
+    for row, mean, adjusted in zip(rows, plain, fitted, strict=True):
+        wanted = dh.control_variate(target[row], variate[row][:, None], torch.arange(6)).mean()
+        assert float(adjusted) == pytest.approx(float(wanted), abs=1e-10)
+        assert float(mean) == pytest.approx(float(target[row].mean()), abs=1e-12)
+
+
+def test_fewer_rows_than_folds_are_named():
+    with pytest.raises(ValueError, match="size"):
+        cross_fitted(torch.ones(3), torch.ones(3), torch.ones(3) / 3, size=4)

@@ -140,7 +140,7 @@ CALLS = {
                            chat=Of("boolean", False)),
     dh.extract_answer: dict(text=Of("text", "#### 4")),
     dh.score_answers: dict(responses=Of("texts", ["#### 4"]), answers=Of("texts", ["4"])),
-    dh.Estimate.mean: dict(contributions=X, clusters=CLUSTERS),
+    dh.Estimate.mean: dict(contributions=X, clusters=CLUSTERS, population=Of("integer", None, optional=True)),
     dh.Estimate.ratio: dict(numerators=X, denominators=Of("floating", lambda: torch.ones(N)), clusters=CLUSTERS),
     dh.Estimate.smooth: dict(function=Of("function", lambda: lambda means: means[0]),
                              samples=Of("floating", lambda: torch.randn(N, 2)), clusters=CLUSTERS),
@@ -168,6 +168,13 @@ CALLS = {
         estimate=Of("function", lambda: lambda rows: ESTIMATE), weights=Of("floating", lambda: torch.ones(N)),
         size=Of("integer", 4), truth=Of("any_number", 1.0), replicates=Of("integer", 2), level=Of("number", 0.95),
         seed=Of("integer", 0)),
+    exact.replicate: dict(
+        estimate=Of("function", lambda: lambda rows: ESTIMATE), weights=Of("floating", lambda: torch.ones(N)),
+        size=Of("integer", 4), replicates=Of("integer", 2), seed=Of("integer", 0)),
+    exact.conditional_mean: dict(values=X, rollouts=ROLLOUTS, weights=Of("floating", lambda: torch.ones(N)),
+                                 tokens=Of("integer", 1)),
+    exact.cross_fitted: dict(target=X, variate=X, weights=Of("floating", lambda: torch.ones(N)),
+                             size=Of("integer", 6), replicates=Of("integer", 2), seed=Of("integer", 0)),
 }
 CASES = [(function, name) for function, arguments in CALLS.items() for name in arguments]
 

@@ -47,17 +47,23 @@ class Estimate:
             checks.tensor("contributions", self.contributions, ("N",), kind="number")
 
     @classmethod
-    def mean(cls, contributions: Tensor, clusters: Tensor | None = None) -> Estimate:
+    def mean(cls, contributions: Tensor, clusters: Tensor | None = None, population: int | None = None) -> Estimate:
         """The mean of `contributions`, with a standard error that takes a cluster as the unit of sampling.
+
+        Clusters drawn without replacement from a finite population, as prompts from a data set, tell more about that
+        population's mean: of the variance between them only the share that was not drawn counts, and the share drawn
+        adds what its own samples leave open (two-stage sampling: Cochran, *Sampling Techniques*, 1977, chapter 10).
 
         Args:
             contributions: [N], any floating dtype; summed in float64.
             clusters: [N] integers; samples with the same one (rollouts of one prompt) may depend on each
                 other. None: all are independent.
+            population: how many clusters there are to draw from, where the mean over these alone is meant. None: the
+                mean over all that could be.
 
         Raises:
-            TypeError: something that is not a tensor of numbers. ValueError: empty or non-finite contributions, or
-                clusters of another shape.
+            TypeError: something that is not a tensor of numbers. ValueError: empty or non-finite contributions,
+                clusters of another shape, or a population without clusters of two samples or more, all drawn from it.
 
         >>> Estimate.mean(torch.tensor([1.0, 2.0, 3.0, 4.0]))
         2.5 ± 0.6
@@ -70,8 +76,12 @@ class Estimate:
             _, index = clusters.to(sums.device).unique(return_inverse=True)
             sums = sums.new_zeros(int(index.max()) + 1).index_add(0, index, sums)
         count = len(sums)
-        variance = sums.square().sum() / len(contributions) ** 2
-        error = math.sqrt(variance * count / (count - 1)) if count > 1 else math.nan
+        variance = sums.square().sum() / len(contributions) ** 2 * (count / (count - 1) if count > 1 else math.nan)
+        if population is not None:
+            drawn = count / checks.integer("population", population, minimum=count)
+            within = _within(contributions, index if clusters is not None else None)
+            variance = (1 - drawn) * variance + drawn * within / len(contributions) ** 2
+        error = math.sqrt(variance)
         spread = sums.square().mean() ** 1.5
         skewness = float(sums.pow(3).mean() / spread) if spread > 0 else 0.0
         return cls(float(value), error, count, contributions, skewness)
@@ -162,6 +172,17 @@ def _untransformed(z: float, lean: float) -> float:
     if abs(lean) < 1e-6:
         return z
     return 3 / lean * (math.cbrt(1 + lean * (z - lean / 6)) - 1)
+
+
+def _within(contributions: Tensor, index: Tensor | None) -> Tensor:
+    """The variance of the sum of `contributions` that samples within their clusters leave open."""
+    sizes = torch.ones(1) if index is None else index.bincount()
+    if sizes.min() < 2:
+        raise ValueError("population: expected clusters of two samples or more, got one of a single sample: what it "
+                         "leaves open is not known")
+    means = contributions.new_zeros(len(sizes)).index_add(0, index, contributions) / sizes
+    squares = (contributions - means[index]).square()
+    return (squares * (sizes / (sizes - 1))[index]).sum()
 
 
 def _number(name: str, value: float, minimum: float | None = None) -> float:

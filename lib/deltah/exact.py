@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from deltah import checks
+from deltah.entropy import FOLDS
 from deltah.estimates import Estimate
 from deltah.models.modes import WrittenOut
 from deltah.policies import Policy
@@ -230,13 +231,79 @@ def coverage(estimate: Callable[[Tensor], Estimate], weights: Tensor, size: int,
     >>> coverage(lambda rows: Estimate.mean(x[rows]), torch.ones(3) / 3, size=50, truth=1.0, replicates=200) > 0.9
     True
     """
+    truth, level = checks.number("truth", truth), checks.number("level", level, above=0, below=1)
+    estimates = replicate(estimate, weights, size, replicates, seed)
+    return sum(low <= truth <= high for low, high in (e.interval(level) for e in estimates)) / len(estimates)
+
+
+def replicate(estimate: Callable[[Tensor], Estimate], weights: Tensor, size: int, replicates: int = 2000,
+              seed: int = 0) -> list[Estimate]:
+    """The estimates from independent samples; the arguments are those of `coverage`.
+
+    >>> x = torch.tensor([0.0, 1.0, 2.0])
+    >>> len(replicate(lambda rows: Estimate.mean(x[rows]), torch.ones(3) / 3, size=50, replicates=20))
+    20
+    """
     checks.instance("estimate", estimate, Callable, "a function of rows")
     checks.tensor("weights", weights, ("N",), "floating", finite=True)
     size, replicates = checks.integer("size", size, minimum=1), checks.integer("replicates", replicates, minimum=1)
-    truth, seed = checks.number("truth", truth), checks.integer("seed", seed, minimum=0)
-    level = checks.number("level", level, above=0, below=1)
-    generator, covered = torch.Generator().manual_seed(seed), 0
-    for _ in range(replicates):
-        low, high = estimate(torch.multinomial(weights, size, replacement=True, generator=generator)).interval(level)
-        covered += low <= truth <= high
-    return covered / replicates
+    generator = torch.Generator().manual_seed(checks.integer("seed", seed, minimum=0))
+    return [estimate(torch.multinomial(weights, size, replacement=True, generator=generator))
+            for _ in range(replicates)]
+
+
+def conditional_mean(values: Tensor, rollouts: Rollouts, weights: Tensor, tokens: int) -> Tensor:
+    """E[values | prompt and the first `tokens` tokens of the response], [N], at each of the enumerated responses.
+
+    Args:
+        values: [N], one for each response.
+        rollouts: every response, from `every_response`.
+        weights: [N] probabilities of the responses.
+        tokens: how many tokens of a response are given; 0: the prompt alone.
+
+    >>> every = every_response(tiny_policy(vocabulary_size=2), [[0]], 2)        # 00, 01, 10, 11
+    >>> conditional_mean(torch.tensor([1.0, 3.0, 2.0, 0.0]), every, torch.ones(4) / 4, tokens=1)
+    tensor([2., 2., 1., 1.])
+    """
+    checks.instance("rollouts", rollouts, Rollouts)
+    for name, tensor in (("values", values), ("weights", weights)):
+        checks.tensor(name, tensor, (len(rollouts),), "floating")
+    tokens = checks.integer("tokens", tokens, minimum=0)
+    given = torch.cat([rollouts.prompt_index[:, None], rollouts.response_ids[:, :tokens]], 1)
+    _, index = given.unique(dim=0, return_inverse=True)
+    sums = values.new_zeros(int(index.max()) + 1, 2).index_add(0, index, torch.stack([weights * values, weights], 1))
+    return (sums[:, 0] / sums[:, 1])[index]
+
+
+def cross_fitted(target: Tensor, variate: Tensor, weights: Tensor, size: int, replicates: int = 2000,
+                 seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Means of `target` over independent samples, [replicates], and those that `entropy.control_variate` makes of them.
+
+    Args:
+        target, variate: [N]; the variate's expectation is zero.
+        weights: [N] probabilities to draw rows with, with replacement; a row is a cluster of its own.
+        size: rows in a sample, at least five.
+        replicates: samples, all at once.
+        seed: of the samples.
+
+    >>> x = torch.tensor([-1.0, 0.0, 1.0])
+    >>> plain, fitted = cross_fitted(1 + 2 * x, x, torch.ones(3) / 3, size=40, replicates=50)
+    >>> bool(plain.std() > 0.1), bool(fitted.std() < 1e-6)
+    (True, True)
+    """
+    checks.tensor("weights", weights, ("N",), "floating", finite=True)
+    for name, tensor in (("target", target), ("variate", variate)):
+        checks.tensor(name, tensor, weights.shape, "floating", finite=True)
+    size, replicates = checks.integer("size", size, minimum=FOLDS), checks.integer("replicates", replicates, minimum=1)
+    generator = torch.Generator().manual_seed(checks.integer("seed", seed, minimum=0))
+    rows = torch.multinomial(weights, replicates * size, replacement=True, generator=generator).view(replicates, size)
+    y, x = target.double()[rows], variate.double()[rows]
+    folds, fitted = torch.arange(size) % FOLDS, y.clone()
+    for fold in range(FOLDS):
+        others = folds != fold
+        centred = x[:, others] - x[:, others].mean(1, keepdim=True)
+        spread = centred.square().sum(1)
+        # A variate that does not vary explains nothing, as in the pseudo-inverse.
+        slope = torch.where(spread > 1e-20, (centred * y[:, others]).sum(1) / spread, 0.0)
+        fitted[:, ~others] -= slope[:, None] * x[:, ~others]
+    return y.mean(1), fitted.mean(1)
