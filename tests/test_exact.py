@@ -13,6 +13,7 @@ from conftest import CONFIGS, build_model
 from deltah.exact import (
     covariance,
     coverage,
+    every_group,
     every_response,
     exact_policy,
     flat_gradient,
@@ -108,6 +109,19 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone():
     assert not torch.equal(a.parameters[name], c.parameters[name])
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_every_group_has_the_expectations_of_all_ordered_draws(size):
+    weights = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)
+    draws = torch.cartesian_prod(*[torch.arange(3)] * size).view(-1, size)
+    ordered = torch.nn.functional.one_hot(draws, 3).sum(1).double()
+    counts, share = every_group(weights, size)
+    assert len(counts.unique(dim=0)) == len(counts) == math.comb(size + 2, size) and (counts.sum(1) == size).all()
+    assert share.sum().item() == pytest.approx(1, abs=1e-14)
+    for power in (1, 2, 3):
+        expected = weights[draws].prod(1) @ ordered.pow(power)
+        assert torch.allclose(share @ counts.pow(power), expected, rtol=1e-13)
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="prompts: expected one or more non-empty lists"):
         every_response(tiny_policy(), [[]], 2)
@@ -136,6 +150,9 @@ def test_bad_arguments_are_named():
     (lambda p, r: flat_gradient(p, torch.ones(())), ValueError, "quantity: expected a number that depends"),
     (lambda p, r: covariance(torch.ones(2, 3), torch.ones(3)), ValueError, r"weights: expected shape \[2\]"),
     (lambda p, r: covariance([[1.0]], torch.ones(1)), TypeError, "x: expected a tensor, got list"),
+    (lambda p, r: every_group([0.5, 0.5], 2), TypeError, "probabilities: expected a tensor, got list"),
+    (lambda p, r: every_group(torch.ones(3) / 3, 0), ValueError, "size: expected an integer ≥ 1, got 0"),
+    (lambda p, r: every_group(torch.ones(9) / 9, 20), ValueError, "size: groups of 20 out of 9 responses are more"),
     (lambda p, r: coverage(None, torch.ones(3), 2, 0.0), TypeError, "estimate: expected a function of rows, got None"),
     (lambda p, r: coverage(len, torch.ones(3), 2, 0.0, level=95), ValueError, "level: expected a number > 0 and < 1"),
     (lambda p, r: coverage(len, torch.ones(3), 0, 0.0), ValueError, "size: expected an integer ≥ 1, got 0"),

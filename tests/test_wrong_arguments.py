@@ -161,6 +161,7 @@ CALLS = {
     exact.every_response: dict(policy=POLICY, prompts=Of("texts", [[0], [1, 2]]), max_new_tokens=Of("integer", 2),
                                temperature=Of("number", 1.0)),
     exact.probabilities: dict(scores=SCORES),
+    exact.every_group: dict(probabilities=X, size=Of("integer", 2)),
     exact.flat_gradient: dict(
         policy=POLICY, quantity=Of("floating", lambda: dh.score(policy(), rollouts()).log_probs.sum())),
     exact.covariance: dict(x=Of("floating", lambda: torch.randn(N, 2)), weights=X),
