@@ -380,36 +380,22 @@ dh.figures.save(figure, results, "04-two-terms")
 #
 # Later the notes treat "each prompt group as an independent sample …, since the effects of $G$ on the overall variance
 # are subleading". Treating the group as the sample is right, whatever $G$. The reason is not: $G$ acts on the *leading*
-# term <a id="04.41" href="#ledger-04.41">[04.41]</a>. `every_group` lists the groups of any size up to the order of
-# their members; $\zeta_1$ and $\zeta_2$ then follow from the second moments $\mathbb E[xx^T]$, $\mathbb E[xy^T]$,
-# $\mathbb E[yy^T]$ of the groups' weights, because every product runs through $K$.
-
-# %%
-def moments(size):
-    """Means and second moments of the weights [x, y] of groups of `size` responses."""
-    total, second = torch.zeros(2 * D * N, dtype=torch.float64), torch.zeros(2 * D * N, 2 * D * N, dtype=torch.float64)
-    for p, prompt_pi in enumerate(pi.view(D, N)):
-        counts, share = dh.exact.every_group(prompt_pi, size)
-        own = slice(p * N, (p + 1) * N)
-        by_S, by_R = (q[own] - (counts @ q[own] / size)[:, None] for q in (S_tiny, rewards))
-        sides = torch.cat([counts * by_S / (size - 1), counts * by_R / (size * longest[p])], 1)
-        where = torch.cat([torch.arange(N), torch.arange(N) + D * N]) + p * N
-        total[where] += share @ sides / D
-        second[where[:, None], where] += (share[:, None] * sides).T @ sides / D
-    return total, second
-
-# %% [markdown]
-# From $C$, the centred second moments, the noise of $X$ along $\mathbb E[Y]$ and of $Y$ along $\mathbb E[X]$ make
-# $\zeta_1$, and the noise of both makes $\zeta_2$. As $T$ itself grows with $G$ like $(G-1)/G$, what counts is
+# term <a id="04.41" href="#ledger-04.41">[04.41]</a>. `group_moments` adds up all groups of a given size, and returns
+# the mean and the second moment of the weights that they put on the 28 responses. As every product runs through $K$,
+# nothing else is needed: from $C$, the centred second moment of $(x,y)$, the noise of $X$ along $\mathbb E[Y]$ and of
+# $Y$ along $\mathbb E[X]$ make $\zeta_1$, and the noise of both makes $\zeta_2$.
+#
+# As $T$ itself grows with $G$ like $(G-1)/G$, what counts is
 # $\zeta/T^2$; and as more responses cost more, $G\,\zeta_1/T^2$ and $G^2\zeta_2/T^2$ say which $G$ serves best at a
 # fixed number $BG$ of responses.
 
 # %%
-of_size = {}
+of_size, kinds = {}, torch.stack([S_tiny.view(D, N), rewards.view(D, N) / longest[:, None]])
 for G_group in (2, 3, 4, 5, 6, 8, 16):
-    total, second = moments(G_group)
-    C, (m_x, m_y) = second - torch.outer(total, total), total.view(2, -1)
-    (C_xx, C_xy), (C_yx, C_yy) = ([b @ K_tiny for b in half.split(D * N, 1)] for half in C.split(D * N))
+    total, second = dh.exact.group_moments(pi.view(D, N), kinds, G_group)
+    scale = torch.tensor([1 / (G_group - 1), 1 / G_group]).double().repeat_interleave(D * N)
+    C, (m_x, m_y) = (second - torch.outer(total, total)) * torch.outer(scale, scale), (total * scale).view(2, -1)
+    (C_xx, C_xy), (_, C_yy) = ([b @ K_tiny for b in half.split(D * N, 1)] for half in C.split(D * N))
     towards = torch.cat([K_tiny @ m_y, K_tiny @ m_x]) / 2
     both = (C_xx * C_yy.T).sum(), (C_xy * C_xy.T).sum()
     of_size[G_group] = float(m_x @ K_tiny @ m_y), float(towards @ C @ towards), float(sum(both)) / 2

@@ -213,6 +213,42 @@ def every_group(probabilities: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return counts, orders * probabilities[members].prod(1)
 
 
+def group_moments(probabilities: Tensor, values: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Mean and second moment of the weights that a group's centred values put on the responses.
+
+    A group of `size` responses to one of D prompts, which are equally likely, puts c_t (q_t − q̄) on response t, which
+    occurs c_t times in it, with q̄ the group's mean. Divided by G − 1, the weights of the log-probs times the gradients
+    of the log-probs are X_n of the notes; divided by G L_max, those of the rewards are Y_n.
+
+    Args:
+        probabilities: [D, N], of each prompt's responses.
+        values: [K, D, N], K kinds of values q.
+        size: G, responses in a group.
+
+    Returns:
+        The mean [K·D·N] and the second moment [K·D·N, K·D·N] of the weights.
+
+    Source: chapter 04, section 4.
+
+    >>> mean, second = group_moments(torch.tensor([[0.5, 0.5]]), torch.tensor([[[1.0, 3.0]]]), size=2)
+    >>> mean
+    tensor([-0.5000,  0.5000])
+    """
+    checks.tensor("probabilities", probabilities, ("D", "N"), "floating", finite=True)
+    checks.tensor("values", values, ("K", *probabilities.shape), "floating", finite=True)
+    kinds, prompts, responses = values.shape
+    mean = values.new_zeros(kinds, prompts, responses)
+    second = values.new_zeros(kinds, prompts, responses, kinds, prompts, responses)
+    for p, (chances, q) in enumerate(zip(probabilities, values.unbind(1), strict=True)):
+        counts, share = every_group(chances, size)
+        weights = torch.stack([counts * (row - (counts @ row / size)[:, None]) for row in q], 1)
+        mean[:, p] = torch.einsum("m,mkn->kn", share, weights) / prompts
+        flat = weights.flatten(1)
+        moment = (share[:, None] * flat).T @ flat / prompts
+        second[:, p, :, :, p] = moment.view(kinds, responses, kinds, responses)
+    return mean.flatten(), second.view(mean.numel(), -1)
+
+
 def flat_gradient(policy: Policy, quantity: Tensor) -> Tensor:
     """The gradient [P] of a scalar with respect to the policy's parameters, flattened, by one backward pass.
 
