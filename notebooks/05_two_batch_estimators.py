@@ -564,8 +564,8 @@ wide.rename_axis(["population", "error", "B_E, B_U"]).unstack("B_E, B_U", sort=F
 
 # %%
 for i, (name, size) in enumerate((("normal", "64, 16"), ("log-normal", "64, 16"), ("enumerated", "384, 128"))):
-    ledger.holds(f"05.{17 + i}", "6", f"95% intervals cover 93% to 97%: {name}, B_E and B_U {size}", source="deltah",
-                 measured=coverage[name, "two_sample_product", size], expected=(0.93, 0.97), rules_out={"90%": 0.9})
+    ledger.holds(f"05.{17 + i}", "6", f"95% intervals cover 92% to 98%: {name}, B_E and B_U {size}", source="deltah",
+                 measured=coverage[name, "two_sample_product", size], expected=(0.92, 0.98), rules_out={"90%": 0.9})
 
 # %% [markdown]
 # ## 7 · Many prompts, one response each?
@@ -619,8 +619,8 @@ for name, level in (("zero", 0.0), ("one constant", (pi @ S_tiny) / D), ("the pr
 for G_group in (2, 3, 4, 5, 6, 8, 16):
     C_group = of_size["X", G_group][1]
     costs[f"G = {G_group}, leave-one-out"] = [G_group * float((C_group * M).sum()) for M in (along, M_seen)]
-costs = pd.DataFrame(costs, index=["along E[Y]", "with the trace term, B_U = 24"]).T
-print("variance of X as the update sees it, times G, nats²")
+costs = pd.DataFrame(costs, index=["along E[Y]", "with trace term"]).T
+print("variance of X as the update sees it, times G, nats²; trace term for B_U = 24")
 costs.round(2)
 
 # %%
@@ -630,7 +630,7 @@ w_M_w = of_w @ M_seen @ of_w.T
 between = w_M_w.diagonal().mean() - w_M_w.mean()
 Var_S, Tr_V = ((pi * q).view(D, N).sum(1) for q in ((S_tiny - prompt_mean) ** 2, M_seen.diagonal()))
 beta = (Var_S * Tr_V + w_M_w.diagonal()).mean()
-trace_costs = costs["with the trace term, B_U = 24"]
+trace_costs = costs["with trace term"]
 print(f"best leave-one-out group: G = {1 + (beta / between).sqrt():.2f}")
 ledger.holds("05.21", "7", "leave-one-out groups lose (G−1)σ_b² + β/(G−1) to G_E = 1 with the prompt's mean (G = 5)",
              source="deltah", measured=trace_costs["G = 5, leave-one-out"] - trace_costs.iloc[2],
@@ -647,7 +647,7 @@ for k, name in enumerate(("zero", "one constant", "the prompt's true mean")):
     axes.axhline(trace_costs[f"G = 1, baseline: {name}"], color=f"C{k + 1}", linestyle=dh.figures.DASHES[k + 1],
                  label=f"G = 1, baseline: {name}")
 axes.set(xlabel="responses to each prompt, G", ylabel="variance × G, nats²", ylim=(0, None), xticks=[2, 4, 8, 16, 32],
-         xticklabels=[2, 4, 8, 16, 32], title="One response with one constant as baseline beats every leave-one-out group")
+         xticklabels=[2, 4, 8, 16, 32], title="One response with a constant baseline beats leave-one-out groups")
 axes.minorticks_off()
 axes.legend()
 dh.figures.save(figure, results, "05-group-size")
