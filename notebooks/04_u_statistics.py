@@ -32,8 +32,8 @@
 # - **The two estimators of $\zeta_1$ are one**, biased twice. Rows and residuals together give an unbiased variance at
 #   no cost <a href="#ledger-04.35">[04.35]</a>.
 # - **What to do**: call `dh.u_statistic` on the products of groups; at a fixed number of responses take four to six for
-#   each prompt (the enumerated policy's best, and flat); trust its interval from some dozens of prompts on, within three
-#   points of its 95%, and from some hundreds where rare responses decide <a href="#ledger-04.40">[04.40]</a>.
+#   each prompt (the enumerated policy's best, and flat); trust its interval from some dozens of prompts on, within
+#   three points of its 95%, and from some hundreds where rare responses decide <a href="#ledger-04.40">[04.40]</a>.
 # - **What not to expect**: 48 prompts do not show the sign of $U$ on the shipped policy, nor how far off the naive
 #   statistic is there <a href="#ledger-04.43">[04.43]</a>. How many would, has from such a batch a lower bound only.
 #

@@ -376,8 +376,8 @@ print(f"V̂_Y/V̂_X = B_E/B_U at about {crossing:.0f} and {64 - crossing:.0f}")
 
 # %%
 exact = right_X + right_Y - third
-curves = {"as printed": (right_X + right_Y + (in_E - in_U) * difference) / exact, "right factors": (right_X + right_Y) / exact,
-          "third term taken off once": exact / exact}
+curves = {"as printed": (right_X + right_Y + (in_E - in_U) * difference) / exact,
+          "right factors": (right_X + right_Y) / exact, "third term taken off once": exact / exact}
 figure, axes = plt.subplots()
 for k, (label, curve) in enumerate(curves.items()):
     axes.plot(in_E, curve, color=f"C{k}", linestyle=dh.figures.DASHES[k], label=label)
@@ -595,8 +595,8 @@ ledger.holds("05.24", "2.2.3", "for the entropy, G_E = 1 gives more mileage: var
 # $G_E=1$ it has to come from elsewhere: one constant for all prompts (what a mean over the other prompts amounts to),
 # or the prompt's true mean, which nobody has. What counts is batch E's whole part in the variance, the noise along
 # $\mu_Y$ *and* its share of the trace term: $\mathrm{Tr}[\Sigma_XM]/B_E$ with $M=\mu_Y\mu_Y^T+\Sigma_Y/B_U$. Times
-# $G_E$ it compares equal numbers of responses. A leave-one-out group is a sample covariance of $S$ and $\nabla S$, whose
-# variance is known in closed form:
+# $G_E$ it compares equal numbers of responses. A leave-one-out group is a sample covariance of $S$ and $\nabla S$,
+# whose variance is known in closed form:
 #
 # $$ G\,\mathrm{Tr}[\Sigma_X^{(G)}M]=\mathrm{Tr}[\Sigma_X^{(1)}M]+(G-1)\,\sigma_b^2+\frac{\beta}{G-1},\qquad
 #    \beta=\mathbb E_p\big[\mathrm{Var}(S)\,\mathrm{Tr}(V_pM)+w_p^TMw_p\big], $$
