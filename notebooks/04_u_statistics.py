@@ -50,6 +50,7 @@
 # | effects of $G$ on the variance are subleading | notes 2.2.3 | refuted [04.41](#ledger-04.41) |
 # | $X_n$, $Y_n$, the cheap $U$, rows $r_n$, $\phi_n$, $U_{(-n)}$ | notes 2.2.1 | holds [04.1](#ledger-04.1), [04.23](#ledger-04.23) to [04.26](#ledger-04.26) |
 # | $\phi_n$, $\hat\zeta_1$ and the jackknife as estimates | notes 2.2.1 | holds with a correction [04.27](#ledger-04.27), [04.29](#ledger-04.29), [04.30](#ledger-04.30), [04.32](#ledger-04.32) |
+# | the entropy per token has to account for lengths | notes 2.2.2 | holds [04.44](#ledger-04.44) |
 # | with $\zeta_1$ measured one knows whether the batch is large enough | notes 2.2.1 | refuted [04.39](#ledger-04.39) |
 #
 # **You need** variances of sums, and chapter 03's first-order change. **You will learn** how many prompts an estimate
@@ -708,7 +709,7 @@ ledger.holds("04.40", "7", "95% intervals cover 92% to 98%: the enumerated polic
 # <a id="remaining"></a>
 # ## The remaining equations
 #
-# What follows completes the proof; all of it is as the notes have it.
+# What follows completes the proofs; here the notes are right throughout.
 #
 # ### Steps of the decomposition
 #
@@ -830,6 +831,31 @@ ledger.holds("04.33", "5", "ζ̂₁ with the correction for ζ₂ is unbiased", 
              tolerance=1e-12, source="deltah", rules_out={"the jackknife's": mean["jackknife ζ₁"]})
 ledger.holds("04.34", "5", "ζ̂₂ from the residuals is unbiased", measured=mean["zeta2"], expected=zeta_2,
              tolerance=1e-12, source="deltah", rules_out={"Var(h)": h.var(correction=0)})
+
+# %% [markdown]
+# ### Per token
+#
+# "We could also try measuring the per token entropy. This would involve introducing importance weights to account for
+# the varying lengths of sequences." Lengths do have to be accounted for <a id="04.44" href="#ledger-04.44">[04.44]</a>.
+# With $L$ for a response's length, its first EOS token included, the entropy per token is the ratio
+# $\mathfrak h=\mathbb E[-S]/\mathbb E[L]$, and an update changes both expectations:
+#
+# $$ \partial\mathfrak h=-\frac{\mathbb E[(S+\mathfrak h L)\,\partial S]}{\mathbb E[L]} . $$
+#
+# So each response's length enters beside its log-prob, with the weight $\mathfrak h$, and this chapter holds with
+# $S+\mathfrak h L$ in place of $S$. Weights $\pi_{\theta'}/\pi_\theta$ are not needed at first order; chapter 06 meets
+# them where old rollouts measure a finite change.
+
+# %%
+response_lengths = responses.response_mask.sum(1).double()
+mean_length = response_share @ response_lengths
+per_token = -(response_share @ log_probs) / mean_length
+of_lengths, of_log_probs = ((response_share * q).detach() @ gradients / mean_length.detach()
+                            for q in (response_lengths, S_tiny))
+ledger.holds("04.44", "2.2.2", "the entropy per token has to account for lengths: S + 𝔥L in place of S (change/η)",
+             measured=flat_gradient(tiny, per_token) @ mean_Y, tolerance=1e-10,
+             expected=-(of_log_probs + per_token.detach() * of_lengths) @ mean_Y,
+             rules_out={"lengths left alone": -of_log_probs @ mean_Y})
 
 # %% [markdown]
 # ## Ledger
