@@ -15,9 +15,11 @@ from deltah.exact import (
     covariance,
     coverage,
     cross_fitted,
+    every_group,
     every_response,
     exact_policy,
     flat_gradient,
+    group_moments,
     probabilities,
     tiny_policy,
 )
@@ -110,6 +112,38 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone():
     assert not torch.equal(a.parameters[name], c.parameters[name])
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_every_group_has_the_expectations_of_all_ordered_draws(size):
+    weights = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)
+    draws = torch.cartesian_prod(*[torch.arange(3)] * size).view(-1, size)
+    ordered = torch.nn.functional.one_hot(draws, 3).sum(1).double()
+    counts, share = every_group(weights, size)
+    assert len(counts.unique(dim=0)) == len(counts) == math.comb(size + 2, size) and (counts.sum(1) == size).all()
+    assert share.sum().item() == pytest.approx(1, abs=1e-14)
+    for power in (1, 2, 3):
+        expected = weights[draws].prod(1) @ ordered.pow(power)
+        assert torch.allclose(share @ counts.pow(power), expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_moments_of_groups_are_those_of_all_ordered_draws(size):
+    generator = torch.Generator().manual_seed(size)
+    chances = torch.rand(2, 3, generator=generator, dtype=torch.float64).softmax(1)
+    values = torch.randn(2, 2, 3, generator=generator, dtype=torch.float64)
+    draws = list(itertools.product(range(3), repeat=size))
+    mean, second = torch.zeros(12, dtype=torch.float64), torch.zeros(12, 12, dtype=torch.float64)
+    for prompt, draw in itertools.product(range(2), draws):
+        chosen = values[:, prompt, list(draw)]
+        weights = torch.zeros(2, 2, 3, dtype=torch.float64)
+        for position, response in enumerate(draw):
+            weights[:, prompt, response] += chosen[:, position] - chosen.mean(1)
+        share = chances[prompt, list(draw)].prod() / 2
+        mean += share * weights.flatten()
+        second += share * torch.outer(weights.flatten(), weights.flatten())
+    found = group_moments(chances, values, size)
+    assert torch.allclose(found[0], mean, atol=1e-14) and torch.allclose(found[1], second, atol=1e-14)
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="prompts: expected one or more non-empty lists"):
         every_response(tiny_policy(), [[]], 2)
@@ -138,6 +172,11 @@ def test_bad_arguments_are_named():
     (lambda p, r: flat_gradient(p, torch.ones(())), ValueError, "quantity: expected a number that depends"),
     (lambda p, r: covariance(torch.ones(2, 3), torch.ones(3)), ValueError, r"weights: expected shape \[2\]"),
     (lambda p, r: covariance([[1.0]], torch.ones(1)), TypeError, "x: expected a tensor, got list"),
+    (lambda p, r: every_group([0.5, 0.5], 2), TypeError, "probabilities: expected a tensor, got list"),
+    (lambda p, r: every_group(torch.ones(3) / 3, 0), ValueError, "size: expected an integer ≥ 1, got 0"),
+    (lambda p, r: every_group(torch.ones(9) / 9, 20), ValueError, "size: groups of 20 out of 9 responses are more"),
+    (lambda p, r: group_moments(torch.ones(3) / 3, torch.ones(1, 3), 2), ValueError, r"probabilities: expected shape"),
+    (lambda p, r: group_moments(torch.ones(1, 3) / 3, torch.ones(1, 3), 2), ValueError, "values: expected shape"),
     (lambda p, r: coverage(None, torch.ones(3), 2, 0.0), TypeError, "estimate: expected a function of rows, got None"),
     (lambda p, r: coverage(len, torch.ones(3), 2, 0.0, level=95), ValueError, "level: expected a number > 0 and < 1"),
     (lambda p, r: coverage(len, torch.ones(3), 0, 0.0), ValueError, "size: expected an integer ≥ 1, got 0"),

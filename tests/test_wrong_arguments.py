@@ -161,9 +161,12 @@ CALLS = {
     exact.every_response: dict(policy=POLICY, prompts=Of("texts", [[0], [1, 2]]), max_new_tokens=Of("integer", 2),
                                temperature=Of("number", 1.0)),
     exact.probabilities: dict(scores=SCORES),
+    exact.every_group: dict(probabilities=X, size=Of("integer", 2)),
     exact.flat_gradient: dict(
         policy=POLICY, quantity=Of("floating", lambda: dh.score(policy(), rollouts()).log_probs.sum())),
     exact.covariance: dict(x=Of("floating", lambda: torch.randn(N, 2)), weights=X),
+    exact.group_moments: dict(probabilities=Of("floating", lambda: torch.ones(2, 3) / 3),
+                              values=Of("floating", lambda: torch.ones(1, 2, 3)), size=Of("integer", 2)),
     exact.coverage: dict(
         estimate=Of("function", lambda: lambda rows: ESTIMATE), weights=Of("floating", lambda: torch.ones(N)),
         size=Of("integer", 4), truth=Of("any_number", 1.0), replicates=Of("integer", 2), level=Of("number", 0.95),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -180,6 +182,72 @@ def _every_sequence(size: int, stops: set[int], length: int) -> list[list[int]]:
 def probabilities(scores: TokenScores) -> Tensor:
     """The probability π(t|p) of each response, [N], from its token log-probs."""
     return checks.instance("scores", scores, TokenScores).log_probs.sum(1).exp()
+
+
+def every_group(probabilities: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Every group of `size` independent responses to one prompt, but for their order.
+
+    Args:
+        probabilities: [N] of the prompt's responses, float64.
+        size: G, responses in a group.
+
+    Returns:
+        counts [M, N], how often each response occurs in each group, and the groups' probabilities [M]; both of the
+        dtype of `probabilities`, with M = (N + G − 1)!/(G! (N − 1)!).
+
+    Raises:
+        ValueError: more than 2^20 groups.
+
+    >>> every_group(torch.tensor([0.5, 0.5]), size=2)
+    (tensor([[2., 0.],
+            [1., 1.],
+            [0., 2.]]), tensor([0.2500, 0.5000, 0.2500]))
+    """
+    checks.tensor("probabilities", probabilities, ("N",), "floating", finite=True)
+    size, count = checks.integer("size", size, minimum=1), len(probabilities)
+    if math.comb(count + size - 1, size) > MOST_RESPONSES:
+        raise ValueError(f"size: groups of {size} out of {count} responses are more than {MOST_RESPONSES}")
+    members = torch.tensor(list(itertools.combinations_with_replacement(range(count), size)))
+    counts = torch.zeros(len(members), count).to(probabilities)
+    counts.scatter_add_(1, members, torch.ones_like(members).to(probabilities))
+    orders = (math.lgamma(size + 1) - torch.lgamma(counts + 1).sum(1)).exp()
+    return counts, orders * probabilities[members].prod(1)
+
+
+def group_moments(probabilities: Tensor, values: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Mean and second moment of the weights that a group's centred values put on the responses.
+
+    A group of `size` responses to one of D prompts, which are equally likely, puts c_t (q_t − q̄) on response t, which
+    occurs c_t times in it, with q̄ the group's mean. Divided by G − 1, the weights of the log-probs times the gradients
+    of the log-probs are X_n of the notes; divided by G L_max, those of the rewards are Y_n.
+
+    Args:
+        probabilities: [D, N], of each prompt's responses.
+        values: [K, D, N], K kinds of values q.
+        size: G, responses in a group.
+
+    Returns:
+        The mean [K·D·N] and the second moment [K·D·N, K·D·N] of the weights.
+
+    Source: chapter 04, section 4.
+
+    >>> mean, second = group_moments(torch.tensor([[0.5, 0.5]]), torch.tensor([[[1.0, 3.0]]]), size=2)
+    >>> mean
+    tensor([-0.5000,  0.5000])
+    """
+    checks.tensor("probabilities", probabilities, ("D", "N"), "floating", finite=True)
+    checks.tensor("values", values, ("K", *probabilities.shape), "floating", finite=True)
+    kinds, prompts, responses = values.shape
+    mean = values.new_zeros(kinds, prompts, responses)
+    second = values.new_zeros(kinds, prompts, responses, kinds, prompts, responses)
+    for p, (chances, q) in enumerate(zip(probabilities, values.unbind(1), strict=True)):
+        counts, share = every_group(chances, size)
+        weights = torch.stack([counts * (row - (counts @ row / size)[:, None]) for row in q], 1)
+        mean[:, p] = torch.einsum("m,mkn->kn", share, weights) / prompts
+        flat = weights.flatten(1)
+        moment = (share[:, None] * flat).T @ flat / prompts
+        second[:, p, :, :, p] = moment.view(kinds, responses, kinds, responses)
+    return mean.flatten(), second.view(mean.numel(), -1)
 
 
 def flat_gradient(policy: Policy, quantity: Tensor) -> Tensor:

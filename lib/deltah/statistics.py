@@ -129,7 +129,8 @@ def two_sample_product(products: Tensor) -> TwoSampleProduct:
         TypeError: products that are no tensor of numbers. ValueError: ones that are not a matrix, have B_E < 3 or
             B_U < 3, or are not all finite.
 
-    Source: the notes, section 2.2.3, whose two prefactors are exchanged; chapter 05 derives what is used here.
+    Source: the notes, section 2.2.3, where the leading factors of V̂_X and V̂_Y, 1/B_U and 1/B_E, have to change places;
+        chapter 05 derives what is used here.
 
     >>> two_sample_product(torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [3.0, 6.0, 9.0]])).value
     4.0
