@@ -71,7 +71,8 @@ max_new_tokens = 64
 replicates = 2000                 # samples behind each number of the coverage table
 
 # %%
-ledger = dh.Ledger("07", source="notes")
+ledger = dh.Ledger("07", source="notes", seeds="../data/seeds",
+                   stated=(model, problems, seed) == ("../data/policy", "../data/problems", 0))
 generator = torch.Generator().manual_seed(seed)
 
 # %% [markdown]
@@ -115,14 +116,15 @@ first, second = exact_gradient @ grad_J, hessian_v @ grad_J
 print(f"entropy {H:.4f} nats, first derivative {first:.4f}, second derivative {second:.2f}")
 
 # %% [markdown]
-# The notes expand
+# The notes expand <a id="07.2" href="#ledger-07.2">[07.2]</a>
 #
 # $$ \delta\mathcal H=\sum_\alpha\partial_\alpha\mathcal H\,\delta\theta_\alpha
 #    +\frac12\sum_{\alpha\beta}\partial_\alpha\partial_\beta\mathcal H\,\delta\theta_\alpha\delta\theta_\beta
 #    +\mathcal O(\eta^2), $$
 #
-# and the last symbol cannot be meant: the second sum *is* of order $\eta^2$. What is left is of order $\eta^3$. The
-# slope of the rest in a log-log plot shows it; from slopes over two neighbouring steps, Richardson's extrapolation
+# and the last symbol cannot be meant: the second sum *is* of order $\eta^2$, as what the first leaves shows.
+# <a id="07.1" href="#ledger-07.1">[07.1]</a> What is left of both is of order $\eta^3$. The slope of the rest in a
+# log-log plot tells; from slopes over two neighbouring steps, Richardson's extrapolation
 # takes the next order out.
 
 # %%
@@ -137,16 +139,17 @@ pd.DataFrame(slopes, columns=["after one order", "after two"], index=[f"{eta:.2g
 
 # %%
 ledger.holds("07.1", "2.6", "after the first order of δH the rest is of order η² (log-log slope)",
-             measured=extrapolated[0], expected=2, tolerance=0.02)
+             measured=extrapolated[0], expected=2, tolerance=0.02, rules_out=3.0)
 ledger.corrected("07.2", "2.6", "δH = Σ ∂H δθ + ½ ΣΣ ∂∂H δθ δθ + O(η²) (log-log slope of the rest)",
                  correction="the rest is of order η³", measured=extrapolated[1], expected=3, as_printed=2,
-                 tolerance=0.02)
+                 tolerance=0.02, formulas=(89,))
 
 # %% [markdown]
 # ## 2 · The first derivative, twice
 #
 # A second derivative starts from a first. The notes have two, with $G_k=\sum_{k'\ge k}H_{k'}$ the entropy to go,
 # $S_k$ the log-prob of token $k$, and $b_k$ any function of the tokens before it:
+# <a id="07.3" href="#ledger-07.3">[07.3]</a> <a id="07.4" href="#ledger-07.4">[07.4]</a>
 #
 # $$ \partial_\alpha H=\mathbb E\Big[\sum_k(G_k-b_k)\,\partial_\alpha S_k+\partial_\alpha H_k\Big],\qquad
 #    \partial_\alpha H=\mathbb E\Big[\sum_kH_k\,\partial_\alpha S+\partial_\alpha H_k\Big]. $$
@@ -162,14 +165,14 @@ with_baseline = flat_gradient(tiny, pi @ ((G - b) * S_k + H_k).sum(1))
 simpler = flat_gradient(tiny, pi @ (H_k.detach().sum(1) * S + H_k.sum(1)))
 scale = exact_gradient.abs().max()
 ledger.holds("07.3", "2.6", "∂H = E[Σ (G_k − b_k) ∂S_k + ∂H_k] for an arbitrary baseline (largest gap, relative)",
-             measured=(with_baseline - exact_gradient).abs().max() / scale, expected=0, tolerance=1e-10)
+             measured=(with_baseline - exact_gradient).abs().max() / scale, expected=0, tolerance=1e-10, formulas=(90,))
 ledger.holds("07.4", "2.6", "∂H = E[Σ H_k ∂S + ∂H_k] (largest gap, relative)",
-             measured=(simpler - exact_gradient).abs().max() / scale, expected=0, tolerance=1e-10)
+             measured=(simpler - exact_gradient).abs().max() / scale, expected=0, tolerance=1e-10, formulas=(92,))
 
 # %% [markdown]
 # ## 3 · What the dots stand for
 #
-# Of the second derivative the notes write down one term,
+# Of the second derivative the notes write down one term, <a id="07.5" href="#ledger-07.5">[07.5]</a>
 #
 # $$ \partial_\alpha\partial_\beta H=\mathbb E\Big[\sum_k(G_k-b_k)\,\partial_\alpha\partial_\beta S_k\Big]+\dots, $$
 #
@@ -182,12 +185,14 @@ ledger.holds("07.4", "2.6", "∂H = E[Σ H_k ∂S + ∂H_k] (largest gap, relati
 # A product with $s_i$ vanishes where everything else in it was decided before token $i$. So $s_i\nabla_vH_k$ needs
 # $k>i$, which makes a second $F'_is_i$; and of $s_is_kH_j$ what stays has $j$ behind both, which gives
 # $F_k(s_k^2+2s_ks_{<k})$ with $s_{<k}=\sum_{i<k}s_i$. With baselines, one for each product,
+# <a id="07.6" href="#ledger-07.6">[07.6]</a>
 #
 # $$ H''=\mathbb E\Big[\sum_k(F_k-b_k)\,Q_k+2(F'_k-c_k)\,s_k+\nabla_v^2H_k\Big],\qquad
 #    Q_k=\nabla_v^2S_k+s_k^2+2s_ks_{<k}. $$
 #
 # A baseline multiplies the whole of $Q_k$, whose mean is zero given the tokens before; its single terms have other
-# means. All derivatives along $v$, of all tokens, come from one pass that carries Taylor series.
+# means. Here all derivatives along $v$ come from nesting forward mode, `jvp` of `jvp`; `entropy_change` gets the same, of
+# all tokens at once, from one pass that carries Taylor series.
 
 # %%
 scored, own = partial(dh.score, tiny, responses), tiny.shifted(v, 0.0)
@@ -205,8 +210,9 @@ pd.concat([shares, shares.sum().to_frame("sum").T]).round(3)
 
 # %% [markdown]
 # The columns are three choices of the baseline and the rows the terms' shares of $H''$. The sum is one in every column,
-# while the printed first row changes with a baseline that is supposed to change nothing. It cannot be the leading term
-# of anything. To see that the formula holds for all pairs $\alpha,\beta$ and not only along the gradient, we repeat the
+# while the printed first row changes with a baseline that is supposed to change nothing: from $b=0$ to $b=H$ by
+# $\mathbb E[\sum_kH_ks_k^2]$. <a id="07.7" href="#ledger-07.7">[07.7]</a> By itself it is no approximation to the sum. To see
+# that the formula holds for all pairs $\alpha,\beta$ and not only along the gradient, we repeat the
 # check along random directions: a symmetric form is known by its squares.
 
 # %%
@@ -218,25 +224,27 @@ for _ in range(3):
     full = pi @ ((G - b) * Q + 2 * (to_come - b) * s + ddH_u).sum(1)
     flat = parameters_to_vector(u.values())
     gaps.append(full / (flat_gradient(tiny, grad_H @ flat) @ flat) - 1)
-ledger.corrected("07.5", "2.6", "∂∂H = E[Σ (G_k − b_k) ∂∂S_k] + …, the printed term alone along ∂J (ratio to ∂∂H)",
-                 correction="+ (G−b)(∂S_k)² + 2(G−b)∂S_k ∂S_<k + 2(F′−c)∂S_k + ∂∂H_k",
-                 measured=shares["b = H"].sum(), expected=1, as_printed=shares["b = H"].iloc[0], tolerance=1e-10)
+ledger.holds("07.5", "2.6", "∂∂H = E[Σ (G_k − b_k) ∂∂S_k] + …, with the dots spelled out (along ∂J, ratio to ∂∂H)",
+             measured=shares["b = H"].sum(), expected=1, tolerance=1e-10, formulas=(91,), rules_out={
+                 "the printed term alone": shares["b = H"].iloc[0], "without it": shares["b = H"].iloc[1:].sum()})
 ledger.holds("07.6", "derived here", "the full formula along random directions, arbitrary b and c (largest gap)",
-             measured=max(abs(gap) for gap in gaps), expected=0, tolerance=1e-9)
-ledger.refuted("07.7", "2.6", "the printed term does not depend on the baseline (change from b = 0 to b = H, relative)",
-               counterexample="E[∂∂S_k] = −E[(∂S_k)²] ≠ 0 given the tokens before: only Q_k has mean zero",
-               measured=(shares["b = 0"] - shares["b = H"]).iloc[0], expected=0, tolerance=1e-3)
+             measured=max(abs(gap) for gap in gaps), expected=0, tolerance=1e-9, source="deltah")
+ledger.holds("07.7", "derived here", "from b = 0 to b = H the printed term alone changes by E[Σ H_k (∂S_k)²], the sum by "
+             "nothing", source="deltah", measured=(terms["b = H"] - terms["b = 0"]).iloc[0], tolerance=1e-8,
+             expected=pi @ (H_k.detach() * dS**2).sum(1), rules_out=0.0)
 
 # %% [markdown]
 # ## 4 · The simple formula
 #
 # The notes turn to the other first derivative, without entropy to go, and differentiate once more:
+# <a id="07.8" href="#ledger-07.8">[07.8]</a>
 #
 # $$ v^T(\nabla^2H)v=\mathbb E\Big[\sum_kv^T(\nabla^2H_k)v+2\nabla_vS\,\nabla_vH_k+H_k\nabla_v(\nabla_vS)
 #    +H_k(\nabla_vS)^2\Big], $$
 #
 # where $S$ is the whole response's log-prob. This is complete. We compare it with the referee, the referee with
-# differences of the exact entropy (five points, extrapolated), and all of them with the library.
+# differences of the exact entropy (five points, extrapolated) <a id="07.9" href="#ledger-07.9">[07.9]</a>, and all of them
+# with the library.
 
 # %%
 whole, curved = dS.sum(1), ddS.sum(1)
@@ -248,14 +256,16 @@ for h in (2e-4, 1e-4):
         entropies = torch.stack([exact_entropy(tiny, tiny.shifted(v, i * h)) for i in range(-2, 3)])
     five.append(entropies @ torch.tensor([-1.0, 16, -30, 16, -1], dtype=torch.float64) / (12 * h**2))
 ledger.holds("07.8", "2.6", "vᵀ∇²H v = E[Σ ∇²H_k + 2∇S ∇H_k + H_k ∇∇S + H_k (∇S)²] (ratio to the referee)",
-             measured=pi @ simple[2] / second, expected=1, tolerance=1e-10)
+             measured=pi @ simple[2] / second, expected=1, tolerance=1e-10, formulas=(93,))
 ledger.holds("07.9", "derived here", "the referee agrees with differences of the exact entropy (ratio)",
-             measured=(16 * five[1] - five[0]) / 15 / second, expected=1, tolerance=1e-5)
+             measured=(16 * five[1] - five[0]) / 15 / second, expected=1, tolerance=1e-5, source="deltah")
 
 # %% [markdown]
 # Right in expectation says nothing about noise. From the exact probabilities follow the exact standard deviations of
 # one response's contribution: of the simple formula, of entropy to go with $b=0$, and of $b_k=H_k$, for which
-# $G_k-b_k$ is $F_k$.
+# $G_k-b_k$ is $F_k$. The library's forms have the exact expectation, <a id="07.10" href="#ledger-07.10">[07.10]</a>
+# <a id="07.11" href="#ledger-07.11">[07.11]</a> and the simple one the most noise.
+# <a id="07.12" href="#ledger-07.12">[07.12]</a>
 
 # %%
 forms = {(kind, order): dh.entropy_change(tiny, responses, v, order, "sequence", kind).contributions
@@ -271,10 +281,11 @@ table.round(2)
 # %%
 for i, kind in enumerate(("none", "entropy")):
     ledger.holds(f"07.{10 + i}", "derived here", f"entropy_change of order 2, baseline {kind}, has the exact "
-                 "expectation (ratio)", measured=pi @ forms[kind, 2] / second, expected=1, tolerance=1e-10)
+                 "expectation (ratio)", measured=pi @ forms[kind, 2] / second, expected=1, tolerance=1e-10,
+                 source="deltah")
 ledger.holds("07.12", "derived here", "E[Σ H_k ∂S] and the simple second order are noisier than b = H (shortfall)",
              measured=max(0.0, 1 - float((table.loc["simple"] / table.loc["entropy"]).min())), expected=0,
-             tolerance=1e-9)
+             tolerance=1e-9, source="deltah")
 print("simple / b = H, in responses needed:", (table.loc["simple"] / table.loc["entropy"]).pow(2).round(1).to_dict())
 
 # %% [markdown]
@@ -285,7 +296,7 @@ print("simple / b = H, in responses needed:", (table.loc["simple"] / table.loc["
 #
 # The entropy per token is $h=H/L$ with $L$ the expected length, which moves too. Its second derivative follows from
 # $H=hL$ by the product rule, and $L',L''$ from the formulas above with $1$ in the place of $H_k$, whose derivatives
-# along $v$ are zero:
+# along $v$ are zero: <a id="07.13" href="#ledger-07.13">[07.13]</a>
 #
 # $$ h'=\frac{H'-hL'}L,\qquad h''=\frac{H''-2h'L'-hL''}L . $$
 
@@ -299,16 +310,21 @@ curvature_token = (second - 2 * slope_token * dL - h * ddL) / L
 per_token = H / ((S.exp() @ ones.sum(1)) / D)
 slope = torch.cat([g.flatten() for g in torch.autograd.grad(per_token, parameters, create_graph=True)])
 ledger.holds("07.13", "derived here", "h″ = (H″ − 2h′L′ − hL″)/L for the entropy per token (ratio to the referee)",
-             measured=curvature_token / (flat_gradient(tiny, slope @ grad_J) @ grad_J), expected=1, tolerance=1e-10)
+             measured=curvature_token / (flat_gradient(tiny, slope @ grad_J) @ grad_J), expected=1, tolerance=1e-10,
+             source="deltah", rules_out={"without L′ and L″": second / L / curvature_token})
 print(f"per token: h {h:.4f}, h′ {slope_token:.4f}, h″ {curvature_token:.2f}; without L′ and L″: {second / L:.2f}")
 
 # %% [markdown]
 # ## 5 · Hessian-vector products
 #
-# "Nice tricks", say the notes, make $\nabla^2H\,v$ affordable. The Hessian is never formed. One may differentiate twice
-# in reverse, as the referee does; go forward through the backward pass, which also gives the whole vector; or go
-# forward twice, which gives the number $v^T\nabla^2H\,v$ only, and needs no memory for a backward pass. For the exact
-# entropy all three must agree.
+# There are "some nice tricks", say the notes, to compute <a id="07.14" href="#ledger-07.14">[07.14]</a>
+#
+# $$ (\nabla^2H)(Pg) . $$
+#
+# The Hessian is never formed. One may differentiate twice in reverse, as the referee does; go forward through the
+# backward pass, which also gives the whole vector; or go forward twice, which gives the number $v^T\nabla^2H\,v$ only,
+# and needs no memory for a backward pass. <a id="07.15" href="#ledger-07.15">[07.15]</a> For the exact entropy all three
+# must agree.
 
 # %%
 entropy = partial(exact_entropy, tiny)
@@ -316,7 +332,7 @@ _, forward_reverse = jvp(torch.func.grad(entropy), (own,), (v,))
 _, (_, forward_forward) = jvp(lambda p: jvp(entropy, (p,), (v,)), (own,), (v,))
 gap = (parameters_to_vector(forward_reverse.values()) - hessian_v).abs().max() / hessian_v.abs().max()
 ledger.holds("07.14", "2.5", "∇²H v forward over reverse equals reverse over reverse (largest gap, relative)",
-             measured=gap, expected=0, tolerance=1e-10)
+             measured=gap, expected=0, tolerance=1e-10, formulas=(86,))
 ledger.holds("07.15", "2.6", "vᵀ∇²H v forward over forward equals reverse over reverse (ratio)",
              measured=forward_forward / second, expected=1, tolerance=1e-10)
 
@@ -324,7 +340,7 @@ ledger.holds("07.15", "2.6", "vᵀ∇²H v forward over forward equals reverse o
 # One warning. PyTorch's fused layer norm has a forward-mode rule that is right once. When it is differentiated again it
 # takes the mean and the deviation that it had saved for constants, and the second derivative comes out slightly wrong,
 # without any message. Every GPT-2-like model is concerned. Inside `policy.forward_mode()` the library writes layer norm
-# out in elementary operations. We take the same weights in an untouched model, differentiate forward twice outside and
+# out in elementary operations. <a id="07.16" href="#ledger-07.16">[07.16]</a> We take the same weights in an untouched model, differentiate forward twice outside and
 # inside of it, and ask finite differences of the entropy who is right.
 
 # %%
@@ -341,22 +357,28 @@ differences = (16 * five[1] - five[0]) / 15
 print(f"jvp twice, PyTorch's layer norm: {outside:.1f}\njvp twice, written out:          {inside:.1f}\n"
       f"finite differences:              {differences:.1f}")
 ledger.holds("07.16", "derived here", "with layer norm written out, jvp twice gives the second difference (ratio)",
-             measured=inside / differences, expected=1, tolerance=1e-5)
+             measured=inside / differences, expected=1, tolerance=1e-5, source="deltah",
+             rules_out={"PyTorch's": outside / differences})
 
 # %% [markdown]
 # ## 6 · The critical learning rate
 #
 # ### Whose gradient, which sign
 #
-# With $L=-J$ and a diagonal preconditioner the notes have $\delta\theta_\alpha=-\eta P_\alpha\partial_\alpha L$ and
-# "more simply $\delta\theta=\eta Pg$". So $g=\partial J$, the gradient that climbs. A few lines on, for Adam,
+# With $L=-J$ and a diagonal preconditioner the notes have <a id="07.20" href="#ledger-07.20">[07.20]</a>
+# <a id="07.21" href="#ledger-07.21">[07.21]</a> <a id="07.22" href="#ledger-07.22">[07.22]</a>
+#
+# $$ \delta\theta_\alpha=-\eta P_\alpha\partial_\alpha L $$
+#
+# and "more simply $\delta\theta=\eta Pg$". So $g=\partial J$, the gradient that climbs. A few lines on, for Adam,
+# <a id="07.17" href="#ledger-07.17">[07.17]</a>
 #
 # $$ \delta\theta_t\approx-\eta(\alpha_tg_t+\beta_tm_t)=-\eta s_t, $$
 #
 # where $g$ must be $\partial L$. Nothing that follows depends on it, but a program does. Also to be settled: whether
 # $m_t$ is the momentum before or after the step, and what the $\approx$ leaves out. We train a copy of the policy for
-# some steps with AdamW, and look at the parameters after three real optimizer steps from the same point, on the same
-# batch of 24 responses.
+# some steps with AdamW, whose step is Adam's and a decay of the weights besides, and look at the parameters after real
+# optimizer steps on the same batch of 24 responses.
 
 # %%
 student = dh.exact.tiny_policy(vocabulary_size=3, eos_token_id=2, context_length=8, seed=5)
@@ -389,21 +411,19 @@ doubled = alpha_t * g + beta_t * new_m
 # $$ \alpha_t=\frac{1-\beta_1}{1-\beta_1^t}\,\frac1{\sqrt{\hat v_t}+\epsilon},\qquad
 #    \beta_t=\frac{\beta_1}{1-\beta_1^t}\,\frac1{\sqrt{\hat v_t}+\epsilon}, $$
 #
-# diagonal matrices that hold the *new* second moment. With the new momentum the same step is $\beta_tm_t/\beta_1$ and
-# $\alpha_t$ must be zero, or the gradient counts twice.
+# diagonal matrices that hold the *new* second moment. With these the $\approx$ is an equality. With the new momentum the
+# same step is $\beta_tm_t/\beta_1$ and $\alpha_t$ must be zero, or the gradient counts twice. AdamW adds
+# $-\eta\lambda\theta$, which is taken off here; the library's parts have it.
+# <a id="07.19" href="#ledger-07.19">[07.19]</a>
 
 # %%
-length = moved.norm()
-ledger.corrected("07.17", "2.5", "δθ = −η(α_t g_t + β_t m_t) for AdamW, m the momentum before the step (gap to a real "
-                 "step, relative)", correction="add weight decay, −ηλθ, which AdamW has besides Adam's",
-                 measured=(moved + 1e-3 * (s_t + decay)).norm() / length, expected=0,
-                 as_printed=(moved + 1e-3 * s_t).norm() / length, tolerance=1e-9)
-ledger.refuted("07.18", "2.5", "m_t may be the momentum after the step (gap to Adam's step, relative)",
-               counterexample="then α_t = 0: α_t g_t + β_t m_t counts the gradient twice",
-               measured=(doubled - s_t).norm() / s_t.norm(), expected=0, tolerance=1e-3)
+step_of_adam = moved + 1e-3 * decay
+ledger.holds("07.17", "2.5", "Adam: δθ = −η(α_t g_t + β_t m_t), m the momentum before the step (gap to a real step, "
+             "relative)", measured=(step_of_adam + 1e-3 * s_t).norm() / step_of_adam.norm(), expected=0, tolerance=1e-9,
+             rules_out={"m after the step": (doubled - s_t).norm() / s_t.norm()}, formulas=(87,))
 pairs = {"rollouts": -alpha_t * g, "momentum": -beta_t * m, "weight_decay": -decay}
-ledger.holds("07.19", "2.5", "update_direction's parts are −α g, −β m and −λθ (largest gap, relative)", expected=0,
-             measured=max((parts[k] - x).abs().max() / x.abs().max() for k, x in pairs.items()), tolerance=1e-10)
+ledger.holds("07.19", "derived here", "update_direction's parts are −α g, −β m and −λθ (largest gap, relative)",
+             source="deltah", expected=0, measured=max((parts[k] - x).abs().max() / x.abs().max() for k, x in pairs.items()), tolerance=1e-10)
 
 # %% [markdown]
 # Then the simpler rules: plain SGD, $P=1$, and RMSprop, $P=1/(\sqrt s+\epsilon)$. From here on all directions start at
@@ -426,7 +446,7 @@ for name, optimizer in optimizers.items():
 P = {name: parameters_to_vector(d.preconditioner.values()) for name, d in directions.items()}
 for i, name in enumerate(("SGD", "RMSprop")):
     ledger.holds(f"07.{20 + i}", "2.5", f"δθ = −ηP ∂L for a real step of {name} (largest gap, relative)", expected=0,
-                 measured=(real[name] + 1e-3 * P[name] * slopes_L[name]).abs().max() / real[name].abs().max(),
+                 formulas=(84,), measured=(real[name] + 1e-3 * P[name] * slopes_L[name]).abs().max() / real[name].abs().max(),
                  tolerance=1e-9)
 cosine = partial(torch.cosine_similarity, dim=0)
 ledger.corrected("07.22", "2.5", "δθ = ηPg, and later δθ = −η(αg + βm) with one g (cosine of SGD's real step and ∂J)",
@@ -436,11 +456,12 @@ ledger.corrected("07.22", "2.5", "δθ = ηPg, and later δθ = −η(αg + βm)
 # %% [markdown]
 # ### What happens at $\eta^*$
 #
-# The two orders are of equal size at
+# The linear order is good, say the notes, for <a id="07.23" href="#ledger-07.23">[07.23]</a>
 #
-# $$ \eta^*=\frac{2\,|\nabla H\cdot s|}{|s^T\nabla^2H\,s|}, $$
+# $$ \eta\ll\eta^*=\frac{2\,|(\nabla H)^T(Pg)|}{|(Pg)^T(\nabla^2H)(Pg)|}\qquad\text{or}\qquad
+#    \frac{2\,|\nabla H\cdot s_t|}{|s_t\cdot\nabla^2H\cdot s_t|} . $$
 #
-# with $s=Pg$ or $s=s_t$, whatever its sign; for AdamW $s$ is the whole direction, with weight decay. To second order
+# At $\eta^*$ the two orders are of equal size; for AdamW $s$ is the whole direction, with weight decay. To second order
 # the first order misses a fraction $\eta/\eta^*$ of itself: all of it at $\eta^*$, a tenth at $\eta^*/10$. What is the
 # true fraction?
 
@@ -458,7 +479,7 @@ errors.map("{:.3g}".format)
 
 # %%
 ledger.holds("07.23", "2.5", "the first order's error is η/η* of itself as η → 0: SGD, RMSprop, AdamW "
-             "(largest gap of the ratio from 1, at η*/1000)", expected=0, tolerance=0.05,
+             "(largest gap of the ratio from 1, at η*/1000)", expected=0, tolerance=0.05, formulas=(85, 88),
              measured=(1000 * errors["η*/1000"] - 1).abs().max())
 
 # %% [markdown]
@@ -513,7 +534,7 @@ print(f"at η*/10 the first order misses {tenth.quantile(0.1):.0%} to {tenth.qua
 # the updates by two single responses of opposite curvature, mixed so that it cancels. Then $\eta^*$ is infinite. But
 # the entropy of at most four tokens lies between $0$ and $4\log3$ whatever happens to the parameters, and the first
 # order has failed at the latest where it leaves that range. So $\eta\ll\eta^*$ is necessary for a good first order, not
-# sufficient.
+# sufficient. <a id="07.24" href="#ledger-07.24">[07.24]</a>
 
 # %%
 i, j = int(curvature.diagonal().argmax()), int(curvature.diagonal().argmin())
@@ -537,7 +558,8 @@ ledger.refuted("07.24", "2.5", "where the second order is smaller than the first
 # The contributions of all responses, computed once, are a population to draw samples from. For the direction of section
 # 1 we draw samples of several sizes and count how many 95% intervals hold the exact derivative; for $\eta^*$ the
 # interval is Fieller's, made for ratios: all values that both derivatives and the correlation of their errors allow. It
-# has no upper end where the second derivative may be zero.
+# has no upper end where the second derivative may be zero. <a id="07.25" href="#ledger-07.25">[07.25]</a>
+# <a id="07.26" href="#ledger-07.26">[07.26]</a> <a id="07.27" href="#ledger-07.27">[07.27]</a>
 
 # %%
 changes = [dh.entropy_change(tiny, responses, v, order, "sequence", "entropy") for order in (1, 2)]
@@ -564,13 +586,10 @@ coverage = pd.DataFrame.from_dict(covered, "index", columns=["order 1", "order 2
 coverage.map("{:.1%}".format)
 
 # %%
-for name, share in coverage.items():
-    outside = share.index[(share - 0.95).abs() > 0.02]
-    enough = share.index[share.index > outside.max()].min() if len(outside) else share.index.min()
-    print(f"{name}: between 93% and 97% from {enough} responses on")
-for i, name in enumerate(coverage):
+for i, (name, share) in enumerate(coverage.items()):
+    hits = (torch.arange(replicates) < round(share[512] * replicates)).double()
     ledger.holds(f"07.{25 + i}", "derived here", f"95% intervals of {name} from 512 responses cover 93% to 97%",
-                 measured=coverage[name][512], expected=0.95, tolerance=0.02)
+                 measured=dh.Estimate.mean(hits), expected=(0.93, 0.97), rules_out={"90%": 0.90}, source="deltah")
 
 # %% [markdown]
 # The contributions of the second order have the heavier tails, as they hold squares of $\nabla_vS$. Here that does no

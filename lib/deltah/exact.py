@@ -200,6 +200,42 @@ def flat_gradient(policy: Policy, quantity: Tensor) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
+def prefixes(rollouts: Rollouts) -> Tensor:
+    """A number for what each response token was drawn after, [N, T]: equal after the same prompt and tokens.
+
+    >>> prefixes(every_response(tiny_policy(vocabulary_size=2), [[0]], max_new_tokens=2))
+    tensor([[0, 1],
+            [0, 1],
+            [0, 2],
+            [0, 2]])
+    """
+    checks.instance("rollouts", rollouts, Rollouts)
+    tokens = torch.where(rollouts.response_mask, rollouts.response_ids, -1)
+    numbers, used = torch.empty_like(tokens), 0
+    for k in range(tokens.shape[1]):
+        known = torch.cat([rollouts.prompt_index[:, None], tokens[:, :k]], 1)
+        numbers[:, k] = used + known.unique(dim=0, return_inverse=True)[1]
+        used = int(numbers[:, k].max()) + 1
+    return numbers
+
+
+def given_prefix(x: Tensor, rollouts: Rollouts, weights: Tensor) -> Tensor:
+    """E[x_k | prompt and tokens before k] for each response token, [N, T]; 0 outside the mask.
+
+    Args:
+        x: [N, T].
+        rollouts: N responses, such as `every_response`.
+        weights: [N], their probabilities, up to a factor.
+    """
+    checks.instance("rollouts", rollouts, Rollouts)
+    checks.tensor("x", x, rollouts.response_mask.shape, "floating")
+    checks.tensor("weights", weights, (len(x),), "floating")
+    numbers, weights = prefixes(rollouts), weights[:, None] * rollouts.response_mask
+    totals = [x.new_zeros(int(numbers.max()) + 1).index_add(0, numbers.flatten(), y.to(x).flatten())
+              for y in (weights * x, weights)]
+    return torch.where(rollouts.response_mask, (totals[0] / totals[1].clamp(min=1e-300))[numbers], 0.0)
+
+
 def covariance(x: Tensor, weights: Tensor) -> Tensor:
     """Covariance matrix [T, T] of T quantities `x` [N, T] over N responses of probability `weights` [N].
 
