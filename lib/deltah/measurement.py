@@ -87,9 +87,9 @@ def linearity(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping
               learning_rates: Iterable[float], per: str = "token", batch_size: int | None = None) -> list[Estimate]:
     """What is left of a linear entropy change at each learning rate: ΔH(η) / η over the same at the smallest.
 
-    It is 1 where the change is a line, 0.6 where two fifths of it are missing, negative where the entropy went the other
-    way. Changes at two learning rates, measured with importance weights on one batch, share most of their noise: their
-    ratio is known long before either of them, or a second derivative, is. It does not tell whether the line is right.
+    It is 1 where the change is a line, 0.6 where two fifths of it are missing, negative where the entropy went the
+    other way. Changes at two learning rates, measured with importance weights on one batch, share most of their
+    noise: their ratio is known long before either of them is. It does not tell whether the line's slope is right.
 
     Args:
         policy, rollouts, direction, per, batch_size: as for `measured_entropy_change`.
