@@ -30,7 +30,7 @@
 #   [06.11](#ledger-06.11). The bias of the ratio is a fiftieth of its standard error at 64 responses
 #   [06.34](#ledger-06.34).
 # - **A value function is not the best baseline** [06.5](#ledger-06.5), and $H_k+\mu_k$ is not always better than $H_k$:
-#   8.7 times the variance for one policy of our list, a third of it for another [06.6](#ledger-06.6). As a moving average
+#   8.7 times the variance for one random policy, a third of it for another [06.6](#ledger-06.6). As a moving average
 #   with $\beta=0.9$, updated before it is used, it takes a tenth of the signal away [06.31](#ledger-06.31).
 # - **How far the line reaches.** Along AdamW's step 0.97 ± 0.01 of the line is left at the training rate, 0.89 ± 0.03 at three
 #   times that, and nothing (0.0 ± 0.1) at thirty times. From 512 rollouts $\eta^*$ is 0.0029, between 0.002 and 0.004;

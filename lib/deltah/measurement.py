@@ -90,6 +90,7 @@ def linearity(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping
     It is 1 where the change is a line, 0.6 where two fifths of it are missing, negative where the entropy went the
     other way. Changes at two learning rates, measured with importance weights on one batch, share most of their
     noise: their ratio is known long before either of them is. It does not tell whether the line's slope is right.
+    Its interval covers what it says where the change at the smallest η is known to a third or better.
 
     Args:
         policy, rollouts, direction, per, batch_size: as for `measured_entropy_change`.
