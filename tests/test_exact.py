@@ -19,7 +19,9 @@ from deltah.exact import (
     every_response,
     exact_policy,
     flat_gradient,
+    given_prefix,
     group_moments,
+    prefixes,
     probabilities,
     tiny_policy,
 )
@@ -252,3 +254,22 @@ def test_replicates_of_the_control_variate_are_the_librarys():
 def test_fewer_rows_than_folds_are_named():
     with pytest.raises(ValueError, match="size"):
         cross_fitted(torch.ones(3), torch.ones(3), torch.ones(3) / 3, size=4)
+
+
+def test_conditional_means_are_those_of_the_prefix():
+    policy = tiny_policy(vocabulary_size=3, eos_token_id=2, seed=3)
+    rollouts = every_response(policy, [[0], [1, 0]], max_new_tokens=3)
+    with torch.no_grad():
+        scores = dh.score(policy, rollouts)
+    q, mask = probabilities(scores) / 2, rollouts.response_mask
+    x = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, numbers = given_prefix(x, rollouts, q), prefixes(rollouts)
+    keys = [[(int(p), *ids[:k].tolist()) for k in range(3)]
+            for p, ids in zip(rollouts.prompt_index, rollouts.response_ids, strict=True)]
+    for n, k in mask.nonzero().tolist():
+        same = torch.tensor([bool(mask[m, k]) and keys[m][k] == keys[n][k] for m in range(len(q))])
+        assert torch.equal(same & mask[:, k], (numbers[:, k] == numbers[n, k]) & mask[:, k])
+        assert found[n, k] == pytest.approx(float((q * x[:, k])[same].sum() / q[same].sum()))
+    assert not found[~mask].any()
+    # What the prefix decides is its own mean, and the score has none.
+    torch.testing.assert_close(given_prefix(scores.entropies, rollouts, q), scores.entropies)

@@ -128,6 +128,9 @@ CALLS = {
         policy=POLICY, rollouts=ROLLOUTS, direction=DIRECTION, learning_rates=Of("rates", [1e-3]),
         per=Of("choice", "token"), method=Of("choice", "importance"), seed=Of("integer", 0),
         max_new_tokens=Of("integer", None, optional=True), batch_size=BATCH),
+    dh.linearity: dict(
+        policy=POLICY, rollouts=ROLLOUTS, direction=DIRECTION, learning_rates=Of("rates", [1e-4, 1e-3]),
+        per=Of("choice", "token"), batch_size=BATCH),
     dh.fisher_kernel: dict(
         policy=POLICY, rollouts=ROLLOUTS, others=Of("rollouts", None, optional=True),
         preconditioner=Of("by_name", None, optional=True), level=Of("choice", "sequence"), batch_size=BATCH),
@@ -164,6 +167,8 @@ CALLS = {
     exact.every_group: dict(probabilities=X, size=Of("integer", 2)),
     exact.flat_gradient: dict(
         policy=POLICY, quantity=Of("floating", lambda: dh.score(policy(), rollouts()).log_probs.sum())),
+    exact.prefixes: dict(rollouts=ROLLOUTS),
+    exact.given_prefix: dict(x=LOG_PROBS, rollouts=ROLLOUTS, weights=X),
     exact.covariance: dict(x=Of("floating", lambda: torch.randn(N, 2)), weights=X),
     exact.group_moments: dict(probabilities=Of("floating", lambda: torch.ones(2, 3) / 3),
                               values=Of("floating", lambda: torch.ones(1, 2, 3)), size=Of("integer", 2)),

@@ -269,6 +269,64 @@ def flat_gradient(policy: Policy, quantity: Tensor) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
+def prefixes(rollouts: Rollouts) -> Tensor:
+    """A number for what each response token was drawn after, [N, T]: equal after the same prompt and tokens.
+
+    >>> prefixes(every_response(tiny_policy(vocabulary_size=2), [[0]], max_new_tokens=2))
+    tensor([[0, 1],
+            [0, 1],
+            [0, 2],
+            [0, 2]])
+    """
+    checks.instance("rollouts", rollouts, Rollouts)
+    tokens = torch.where(rollouts.response_mask, rollouts.response_ids, -1)
+    numbers, used = torch.empty_like(tokens), 0
+    for k in range(tokens.shape[1]):
+        known = torch.cat([rollouts.prompt_index[:, None], tokens[:, :k]], 1)
+        numbers[:, k] = used + known.unique(dim=0, return_inverse=True)[1]
+        used = int(numbers[:, k].max()) + 1
+    return numbers
+
+
+def conditional_mean(values: Tensor, rollouts: Rollouts, weights: Tensor, tokens: int) -> Tensor:
+    """E[values | prompt and the first `tokens` tokens of the response], [N], at each of the enumerated responses.
+
+    Args:
+        values: [N], one for each response.
+        rollouts: every response, from `every_response`.
+        weights: [N] probabilities of the responses.
+        tokens: how many tokens of a response are given; 0: the prompt alone.
+
+    >>> every = every_response(tiny_policy(vocabulary_size=2), [[0]], 2)        # 00, 01, 10, 11
+    >>> conditional_mean(torch.tensor([1.0, 3.0, 2.0, 0.0]), every, torch.ones(4) / 4, tokens=1)
+    tensor([2., 2., 1., 1.])
+    """
+    checks.instance("rollouts", rollouts, Rollouts)
+    for name, tensor in (("values", values), ("weights", weights)):
+        checks.tensor(name, tensor, (len(rollouts),), "floating")
+    tokens = checks.integer("tokens", tokens, minimum=0)
+    given = torch.cat([rollouts.prompt_index[:, None], rollouts.response_ids[:, :tokens]], 1)
+    _, index = given.unique(dim=0, return_inverse=True)
+    sums = values.new_zeros(int(index.max()) + 1, 2).index_add(0, index, torch.stack([weights * values, weights], 1))
+    return (sums[:, 0] / sums[:, 1])[index]
+
+
+def given_prefix(x: Tensor, rollouts: Rollouts, weights: Tensor) -> Tensor:
+    """E[x_k | prompt and tokens before k] for each response token, [N, T]; 0 outside the mask.
+
+    Args:
+        x: [N, T].
+        rollouts: N responses, such as `every_response`.
+        weights: [N], their probabilities, up to a factor.
+    """
+    checks.instance("rollouts", rollouts, Rollouts)
+    mask = rollouts.response_mask
+    checks.tensor("x", x, mask.shape, "floating")
+    checks.tensor("weights", weights, (len(x),), "floating")
+    return torch.where(mask, torch.stack([conditional_mean(column, rollouts, weights, k)
+                                          for k, column in enumerate(x.unbind(1))], 1), 0.0)
+
+
 def covariance(x: Tensor, weights: Tensor) -> Tensor:
     """Covariance matrix [T, T] of T quantities `x` [N, T] over N responses of probability `weights` [N].
 
@@ -318,29 +376,6 @@ def replicate(estimate: Callable[[Tensor], Estimate], weights: Tensor, size: int
     generator = torch.Generator().manual_seed(checks.integer("seed", seed, minimum=0))
     return [estimate(torch.multinomial(weights, size, replacement=True, generator=generator))
             for _ in range(replicates)]
-
-
-def conditional_mean(values: Tensor, rollouts: Rollouts, weights: Tensor, tokens: int) -> Tensor:
-    """E[values | prompt and the first `tokens` tokens of the response], [N], at each of the enumerated responses.
-
-    Args:
-        values: [N], one for each response.
-        rollouts: every response, from `every_response`.
-        weights: [N] probabilities of the responses.
-        tokens: how many tokens of a response are given; 0: the prompt alone.
-
-    >>> every = every_response(tiny_policy(vocabulary_size=2), [[0]], 2)        # 00, 01, 10, 11
-    >>> conditional_mean(torch.tensor([1.0, 3.0, 2.0, 0.0]), every, torch.ones(4) / 4, tokens=1)
-    tensor([2., 2., 1., 1.])
-    """
-    checks.instance("rollouts", rollouts, Rollouts)
-    for name, tensor in (("values", values), ("weights", weights)):
-        checks.tensor(name, tensor, (len(rollouts),), "floating")
-    tokens = checks.integer("tokens", tokens, minimum=0)
-    given = torch.cat([rollouts.prompt_index[:, None], rollouts.response_ids[:, :tokens]], 1)
-    _, index = given.unique(dim=0, return_inverse=True)
-    sums = values.new_zeros(int(index.max()) + 1, 2).index_add(0, index, torch.stack([weights * values, weights], 1))
-    return (sums[:, 0] / sums[:, 1])[index]
 
 
 def cross_fitted(target: Tensor, variate: Tensor, weights: Tensor, size: int, replicates: int = 2000,
