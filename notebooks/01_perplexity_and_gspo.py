@@ -28,7 +28,7 @@
 #   in the step, the entropy changes at first.
 # - **$\mathrm{Var}(\log s)\propto1/L$ needs no independence.** Token log-ratios are martingale differences: their
 #   squares correlate (up to 0.21 on a tiny policy), they do not. On fresh rollouts of the shipped policy the variance
-#   of their sum is 0.98 ± 0.04 of the sum of their variances; its log-log slope against $L$ is −1.2 ± 0.2, and
+#   of their sum is 0.98 ± 0.03 of the sum of their variances; its log-log slope against $L$ is −1.2 ± 0.2, and
 #   not the same for every update, as tokens of short responses move further (1.7 ± 0.1 times).
 # - **GSPO's range clips responses long before PPO's clips tokens**: at learning rate $10^{-5}$, 55% of fresh responses
 #   are outside the one and fewer than one in a thousand tokens outside the other. It clips short responses more.

@@ -677,7 +677,7 @@ prompt = batch.prompt_index
 together = prompt[:, None] == prompt
 equal = together & (tokens[:, None] == tokens).all(2)
 kinds = {"same response": equal, "same prompt": together & ~equal, "other prompts": ~together}
-cosine = batch_K / batch_K.diagonal().sqrt()[:, None] / batch_K.diagonal().sqrt()
+cosine = (batch_K / batch_K.diagonal().sqrt()[:, None] / batch_K.diagonal().sqrt()).round(decimals=9)
 shift = batch_K @ batch_A / len(batch)
 
 # %%
