@@ -594,7 +594,7 @@ pd.DataFrame(rows).set_index(["learning rate", "mean"]).astype(float).round(3)
 # %%
 figure, axes = plt.subplots()
 furthest = max(d.quantile(0.995) for d in distance.values()).item()
-edges = torch.linspace(1 - furthest, 1 + furthest, 52)
+edges = torch.linspace(1 - furthest, 1 + furthest, 52, dtype=torch.float64)
 for i, (name, weight) in enumerate(averages.items()):
     axes.hist(weight.cpu().clamp(1 - furthest, 1 + furthest), bins=edges, histtype="step", linewidth=2,
               linestyle=dh.figures.DASHES[i], label=f"{name} mean")
