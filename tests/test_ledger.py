@@ -183,7 +183,7 @@ def test_an_inequality_holds_where_the_whole_interval_lies_within():
     book.holds("01.1", **COMMON, measured=estimate(1.0), expected=positive, rules_out=0.0)
     book.holds("01.2", **COMMON, measured=estimate(0.1), expected=positive, rules_out=0.0)
     assert [claim.verdict for claim in book.claims.values()] == [ledger.HOLDS, ledger.UNDECIDED]
-    assert book.claims["01.1"].shown_expected == "> 0.00; rules out 0.00"
+    assert book.claims["01.1"].shown_expected == "> 0; rules out 0"
     with pytest.raises(LedgerError, match="entered as 'holds'"):
         book.holds("01.3", **COMMON, measured=estimate(-1.0), expected=positive, rules_out=0.0)
     with pytest.raises(LedgerError, match="a pair of bounds"):

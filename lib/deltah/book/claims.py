@@ -82,7 +82,10 @@ class Claim:
         places = _places(self.standard_error) if self.is_estimate else None
 
         def show(value: float) -> str:
-            return _plain(value, self._digits) if places is None else _fixed(value, places)
+            if places is None:
+                return _plain(value, self._digits)
+            # No more places than it has: 0.95 beside 0.9435 ± 0.0052.
+            return min(_fixed(value, places), f"{value + 0.0:g}", key=len)
 
         if isinstance(self.expected, tuple):
             low, high = self.expected
