@@ -51,7 +51,7 @@
 # | $H(\theta+\eta v)=\mathbb E_{\pi_\theta}[wH]$, $\mathbb E[H]/\mathbb E[T]$ and its estimator | notes 2.4 | holds [06.33](#ledger-06.33) [06.7](#ledger-06.7) [06.10](#ledger-06.10) |
 # | $H^{\text{per tok}}$ with $1/T_{\text{tot}}$ in front | notes 2.4 | holds with a correction [06.11](#ledger-06.11) |
 # | the ratio is measured "at the cost of some bias" | notes 2.4 | holds [06.34](#ledger-06.34) |
-# | the boxed $\delta H_1/\eta$ | notes 2.4 | holds with a correction [06.12](#ledger-06.12) [06.14](#ledger-06.14) |
+# | the boxed $\delta H_1/\eta$ | notes 2.4 | holds with a correction [06.12](#ledger-06.12); with it, for every baseline, holds [06.14](#ledger-06.14) |
 # | the denominator's term is zero per sequence | notes 2.4 | holds with a correction [06.13](#ledger-06.13) |
 # | measured and predicted changes agree, on disjoint batches | notes 2.4, 2.5 | holds [06.36](#ledger-06.36) [06.37](#ledger-06.37) |
 # | a learned baseline does better than $H_k$ | notes 2.3 | holds, per sequence [06.28](#ledger-06.28) |

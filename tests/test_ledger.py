@@ -296,6 +296,12 @@ def test_an_estimate_is_shown_with_two_digits_of_its_error(value, error, shown):
     assert book.claims["01.1"].shown == shown
 
 
+def test_a_small_expected_value_is_not_shown_as_zero():
+    book = Ledger("01", "notes")
+    book.refuted("01.1", **COMMON, counterexample="blocks", measured=estimate(0.017, 0.0032), expected=1.18e-6)
+    assert book.claims["01.1"].shown_expected == "not 1.2e-06"
+
+
 def test_claims_are_stored_whole(tmp_path):
     book = Ledger("01", "notes")
     book.holds("01.1", **COMMON, measured=estimate(1.0), expected=(0, float("inf")), rules_out={"zero": 0.0},

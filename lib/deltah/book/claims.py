@@ -84,8 +84,9 @@ class Claim:
         def show(value: float) -> str:
             if places is None:
                 return _plain(value, self._digits)
-            # No more places than it has: 0.95 beside 0.9435 ± 0.0052.
-            return min(_fixed(value, places), f"{value + 0.0:g}", key=len)
+            # No more places than it has, 0.95 beside 0.9435 ± 0.0052, and no zero that is none.
+            fixed = _fixed(value, places)
+            return f"{value:.2g}" if value and not float(fixed) else min(fixed, f"{value + 0.0:g}", key=len)
 
         if isinstance(self.expected, tuple):
             low, high = self.expected
