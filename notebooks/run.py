@@ -122,7 +122,8 @@ def try_seeds(chapters: list[Path], folder: Path, changes: dict[str, Any], count
         if all(path.is_file() for path in ledgers):
             for claim in (claim for path in ledgers for claim in json.loads(path.read_text())):
                 if claim.get("standard_error") is not None:
-                    verdicts.setdefault(claim["id"], []).append(claim["verdict"])
+                    entry = verdicts.setdefault(claim["id"], {"statement": claim["statement"], "on_seeds": []})
+                    entry["on_seeds"].append(claim["verdict"])
             mark = inputs.fingerprint(ROOT, chapter, inputs.of_chapter(chapter, changes), seeds=False)
             write_text(folder / f"{number}.json", json.dumps({"fingerprint": mark, "verdicts": verdicts}, indent=1))
     return status

@@ -167,13 +167,14 @@ def test_an_estimate_that_leaves_its_rival_in_decides_nothing():
     book.holds("01.1", **COMMON, measured=estimate(0.5, 0.4), expected=1.0, rules_out=0.0)
     claim = book.claims["01.1"]
     assert claim.verdict == ledger.UNDECIDED
-    assert claim.shown_verdict == "not decided by these data (about 170 samples would, 101 are here)"
+    assert claim.shown_verdict == "not decided by these data (about 680 samples would, 101 are here)"
     spread, generator = 0.4 * 101 ** 0.5, torch.Generator().manual_seed(0)
     means = 1.0 + spread / claim.samples_needed ** 0.5 * torch.randn(4000, generator=generator)
     decided = 0
     for value in means.tolist():
         low, high = estimate(value, spread / claim.samples_needed ** 0.5, claim.samples_needed).interval()
-        decided += low > 0
+        # Half of what is expected is the nearest rival.
+        decided += low > 0.5
     assert 0.88 < decided / 4000 < 0.92
 
 
@@ -183,13 +184,41 @@ def test_an_inequality_holds_where_the_whole_interval_lies_within():
     book.holds("01.1", **COMMON, measured=estimate(1.0), expected=positive, rules_out=0.0)
     book.holds("01.2", **COMMON, measured=estimate(0.1), expected=positive, rules_out=0.0)
     assert [claim.verdict for claim in book.claims.values()] == [ledger.HOLDS, ledger.UNDECIDED]
-    assert book.claims["01.1"].shown_expected == "> 0; rules out 0"
+    assert book.claims["01.1"].shown_expected == "≥ 0; rules out 0"
     with pytest.raises(LedgerError, match="entered as 'holds'"):
         book.holds("01.3", **COMMON, measured=estimate(-1.0), expected=positive, rules_out=0.0)
-    with pytest.raises(LedgerError, match="a pair of bounds"):
-        book.holds("01.3", **COMMON, measured=estimate(1.0), expected=(1.0, 0.0), rules_out=0.0)
-    with pytest.raises(LedgerError, match="expected: expected a number, got tuple"):
-        book.holds("01.3", **COMMON, measured=1.0, expected=positive, tolerance=0.1)
+    for wrong in ((1.0, 0.0), (0.0, 1.0, 2.0), (-float("inf"), float("inf")), ()):
+        with pytest.raises(LedgerError, match="expected: expected a number, or a range"):
+            book.holds("01.3", **COMMON, measured=estimate(1.0), expected=wrong, rules_out=0.0)
+    with pytest.raises(LedgerError, match="expected: expected a number, got nan"):
+        book.holds("01.3", **COMMON, measured=estimate(1.0), expected=(float("nan"), 1.0), rules_out=0.0)
+    with pytest.raises(LedgerError, match="rules_out: half, 0.5, is what is expected"):
+        book.holds("01.3", **COMMON, measured=estimate(1.0), expected=positive, rules_out={"half": 0.5})
+
+
+def test_a_number_holds_in_a_range_and_is_refuted_outside():
+    """What is said to be at most 0 is refuted by more, not by less."""
+    book = Ledger("01", "notes")
+    at_most = (-float("inf"), 0.0)
+    book.holds("01.1", **COMMON, measured=-0.1, expected=at_most, tolerance=1e-9)
+    book.holds("01.2", **COMMON, measured=1e-10, expected=at_most, tolerance=1e-9)
+    book.refuted("01.3", **COMMON, counterexample="three responses", measured=0.1, expected=at_most, tolerance=1e-9)
+    assert book.claims["01.3"].shown_expected == "not ≤ 0"
+    for method, measured in (("holds", 0.1), ("refuted", -0.1), ("refuted", 1e-10)):
+        note = {} if method == "holds" else {"counterexample": "three responses"}
+        with pytest.raises(LedgerError, match=f"entered as '{method}'"):
+            getattr(book, method)("01.4", **COMMON, **note, measured=measured, expected=at_most, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("error, verdict", [(0.2, ledger.HOLDS), (0.3, ledger.UNDECIDED)])
+def test_half_and_twice_are_rivals_of_every_expected_value(error, verdict):
+    book = Ledger("01", "notes")
+    book.holds("01.1", **COMMON, measured=estimate(1.0, error), expected=1.0, rules_out={"zero": 0.0})
+    assert book.claims["01.1"].verdict == verdict
+    # In place of what is true, half of it holds with no error at all.
+    half = Ledger("01", "notes", stated=False)
+    half.holds("01.1", **COMMON, measured=estimate(1.0, error), expected=0.5, rules_out={"zero": 0.0})
+    assert half.claims["01.1"].verdict != ledger.HOLDS
 
 
 def test_a_correction_by_an_estimate_leaves_the_printed_value_out():
@@ -240,9 +269,9 @@ def test_our_own_claims_are_not_refuted_but_counted_apart(tmp_path):
     assert ledger.by_source(book.claims.values()).splitlines() == [
         "- notes, of its 97 displayed formulas 2 have entries: 1 holds, 1 holds with a correction, 0 refuted, "
         "0 not decided by these data",
-        "- arXiv 2510.23142, in its text: 1 statements: 1 holds, 0 holds with a correction, 0 refuted, "
+        "- arXiv 2510.23142, in its text: 1 entries: 1 holds, 0 holds with a correction, 0 refuted, "
         "0 not decided by these data",
-        "- our own: 1 statements: 1 holds, 0 holds with a correction, 0 refuted, 0 not decided by these data"]
+        "- our own: 1 entries: 1 holds, 0 holds with a correction, 0 refuted, 0 not decided by these data"]
     book.save(tmp_path)
     (tmp_path / "01_first.html").write_text("")
     ledger.write_summary(tmp_path)
@@ -251,7 +280,12 @@ def test_our_own_claims_are_not_refuted_but_counted_apart(tmp_path):
     assert ("| 6 | 2.1 | (2) = −Σ δθ ∂ Σ π log π | [01.2](01_first.html#01.2) [01.3](01_first.html#01.3) | "
             "holds with a correction |") in text
     assert "| 7 | 2.1 | (3) = −Σ δθ Σ ∂π log π |  | no entry |" in text
-    for formulas, source in ((98, "notes"), ([0], "notes"), (["6"], "notes"), (6, "arXiv 2510.23142")):
+    book.holds("01.6", "2.1", "the same twice", **NUMBERS, formulas=(np.int64(5), 5))
+    assert book.claims["01.6"].formulas == (5,) and type(book.claims["01.6"].formulas[0]) is int
+    with pytest.raises(LedgerError, match="source: expected 'deltah' for our own, got 'Deltah '"):
+        book.refuted("01.7", **COMMON, counterexample="two", **NUMBERS | dict(measured=2.0), source="Deltah ")
+    for formulas, source in ((98, "notes"), ([0], "notes"), (["6"], "notes"), ([[5]], "notes"), (True, "notes"),
+                             (6, "arXiv 2510.23142")):
         with pytest.raises(LedgerError, match="formulas: the notes have 1 to 97, other sources none"):
             book.holds("01.5", **COMMON, **NUMBERS, formulas=formulas, source=source)
 
@@ -263,6 +297,7 @@ def test_other_data_get_their_own_verdict():
     book.refuted("01.2", **COMMON, counterexample="two", measured=estimate(1.0), expected=1.0, rules_out=0.0)
     book.corrected("01.3", **COMMON, correction="x = −y", measured=estimate(-1.0), expected=1.0, as_printed=-1.0)
     assert [claim.verdict for claim in book.claims.values()] == [ledger.REFUTED, ledger.HOLDS, ledger.HOLDS]
+    assert [claim.correction for claim in book.claims.values()] == [None] * 3
     with pytest.raises(LedgerError, match="entered as 'holds'"):
         book.holds("01.4", **COMMON, **NUMBERS | dict(measured=2.0))
 
@@ -270,13 +305,17 @@ def test_other_data_get_their_own_verdict():
 @pytest.mark.parametrize("same, verdict", [(10, ledger.HOLDS), (9, ledger.HOLDS), (8, ledger.UNDECIDED)])
 def test_a_verdict_is_the_same_on_nine_of_ten_seeds_or_not_decided(tmp_path, same, verdict):
     verdicts = ["holds"] * same + [ledger.UNDECIDED] * (10 - same)
-    (tmp_path / "01.json").write_text(json.dumps({"verdicts": {"01.1": verdicts}}))
+    (tmp_path / "01.json").write_text(json.dumps({"verdicts": {"01.1": {"statement": "x = y", "on_seeds": verdicts}}}))
     book = Ledger("01", "notes", seeds=tmp_path)
     book.holds("01.1", **COMMON, measured=estimate(1.0), expected=1.0, rules_out=0.0)
     book.holds("01.2", **COMMON, measured=estimate(1.0), expected=1.0, rules_out=0.0)
     assert [claim.verdict for claim in book.claims.values()] == [verdict, ledger.HOLDS]
     where = "holds on 8 of 10 seeds" if same == 8 else f"on {same} of 10 seeds"
-    assert where in book.claims["01.1"].shown_verdict and "seeds" not in book.claims["01.2"].shown_verdict
+    assert where in book.claims["01.1"].shown_verdict
+    assert book.claims["01.2"].shown_verdict == "holds (not tried on other seeds)"
+    reworded = Ledger("01", "notes", seeds=tmp_path)
+    reworded.holds("01.1", "2.1", "x = z", measured=estimate(1.0), expected=1.0, rules_out=0.0)
+    assert reworded.claims["01.1"].shown_verdict == "holds (not tried on other seeds)"
     other = Ledger("01", "notes", stated=False, seeds=tmp_path)
     other.holds("01.1", **COMMON, measured=estimate(1.0), expected=1.0, rules_out=0.0)
     assert other.claims["01.1"].seeds == ()
@@ -284,6 +323,10 @@ def test_a_verdict_is_the_same_on_nine_of_ten_seeds_or_not_decided(tmp_path, sam
         Ledger("01", "notes", seeds=3)
     with pytest.raises(TypeError, match="stated: expected True or False, got None"):
         Ledger("01", "notes", stated=None)
+    for broken in ("", "[]", "{}", '{"verdicts": null}', '{"verdicts": {"01.1": ["holds"]}}'):
+        (tmp_path / "01.json").write_text(broken)
+        with pytest.raises(LedgerError, match="seeds: .*01.json is not what `make run PROFILE=full` writes"):
+            Ledger("01", "notes", seeds=tmp_path)
 
 
 @pytest.mark.parametrize("value, error, shown", [

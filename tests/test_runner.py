@@ -247,7 +247,8 @@ def test_estimates_are_tried_on_other_seeds(project, inputs, monkeypatch):
     project.chapter("01_chapter", ESTIMATE.format(failing=None))
     status, output = project.run()
     assert status == 0 and "01_chapter, seed 3: done" in output
-    assert json.loads(gathered.read_text())["verdicts"] == {"01.1": ["holds", "refuted", "holds"]}
+    assert json.loads(gathered.read_text())["verdicts"] == {
+        "01.1": {"statement": "x = x", "on_seeds": ["holds", "refuted", "holds"]}}
     entries = {seed: json.loads((project.results / "seeds" / seed / "ledger" / "01.json").read_text())
                for seed in ("1", "2", "3")}
     assert [entry[0]["measured"] for entry in entries.values()] == [1, 1, 1]

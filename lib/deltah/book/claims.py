@@ -3,7 +3,8 @@
 An exact number agrees with what is expected within its tolerance. An `Estimate` decides by its 95% interval, and only
 against a rival, the value that would be true if the statement were not: the statement holds where the interval has
 what is expected in it and every rival outside, is refuted where it has what is expected outside, and is *not decided by
-these data* otherwise.
+these data* otherwise. Zero, half, twice and the other sign of an expected value are its rivals always. What is expected
+may be a range (low, high): then a number, or the whole interval, has to lie in it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Claim:
         standard_error, low, high, count: of an estimate: its error, 95% interval and independent samples.
         rules_out: the rival values, by name.
         samples_needed: of an undecided estimate, how many would leave the rival out.
-        seeds: of an estimate, the verdicts on other seeds.
+        seeds: of an estimate, the verdicts on other seeds; None where those were to be known and are not.
     """
 
     id: str
@@ -61,7 +62,7 @@ class Claim:
     count: int | None = None
     rules_out: Mapping[str, float] | None = None
     samples_needed: int | None = None
-    seeds: tuple[str, ...] = ()
+    seeds: tuple[str, ...] | None = ()
 
     @property
     def is_estimate(self) -> bool:
@@ -72,8 +73,8 @@ class Claim:
         """What was measured: with its error to two digits, or that it is within a tolerance that is rounding's."""
         if self.is_estimate:
             return _with_error(self.measured, self.standard_error)
-        if self.expected == 0 and self.verdict != REFUTED and self.tolerance <= ROUNDING:
-            return f"≤ {self.tolerance:.0e}".replace("e-0", "e-")
+        if self.expected == 0 and self.verdict != REFUTED and 0 < self.tolerance <= ROUNDING:
+            return f"≤ {10.0 ** math.ceil(math.log10(self.tolerance)):.0e}".replace("e-0", "e-")
         return _plain(self.measured, self._digits)
 
     @property
@@ -90,10 +91,11 @@ class Claim:
 
         if isinstance(self.expected, tuple):
             low, high = self.expected
-            text = (f"> {show(low)}" if high == math.inf else f"< {show(high)}" if low == -math.inf
+            text = (f"≥ {show(low)}" if high == math.inf else f"≤ {show(high)}" if low == -math.inf
                     else f"{show(low)} to {show(high)}")
         else:
-            text = ("not " if self.verdict == REFUTED else "") + show(self.expected)
+            text = show(self.expected)
+        text = f"not {text}" if self.verdict == REFUTED else text
         if not self.is_estimate and self.tolerance > ROUNDING:
             text += f" ± {self.tolerance:.2g}"
         rivals = ", ".join(f"{show(value)} ({name})" if name else show(value)
@@ -110,6 +112,8 @@ class Claim:
             same = self.verdict if self.verdict != UNDECIDED else max(self.seeds, key=self.seeds.count)
             notes.append(f"{same} on {self.seeds.count(same)} of {len(self.seeds)} seeds" if same != self.verdict
                          else f"on {self.seeds.count(same)} of {len(self.seeds)} seeds")
+        elif self.seeds is None:
+            notes.append("not tried on other seeds")
         return f"{self.verdict} ({'; '.join(notes)})" if notes else self.verdict
 
     @property
@@ -117,8 +121,8 @@ class Claim:
         """Enough to tell what was measured from what is expected, and no more than the tolerance makes sense of."""
         size = max(abs(self.measured), abs(self.expected) if not isinstance(self.expected, tuple) else 0)
         digits = 4 if self.tolerance * 1e3 <= size else max(2, len(str(int(size / self.tolerance))))
-        while (self.verdict == REFUTED and digits < 15
-               and _plain(self.measured, digits) == _plain(float(self.expected), digits)):
+        apart = [self.expected] if self.verdict == REFUTED and not isinstance(self.expected, tuple) else []
+        while digits < 17 and any(_plain(self.measured, digits) == _plain(value, digits) for value in apart):
             digits += 1
         return digits
 
@@ -156,32 +160,41 @@ def verdict_of(kind: str, estimate: Estimate, expected: Expected, rivals: Mappin
         # What is expected of a correction is the corrected value: where that fails, the printed one may stand.
         return HOLDS if kind == CORRECTED and low <= rivals["as printed"] <= high else REFUTED
     inside = isinstance(expected, float) or least <= low and high <= most
-    excluded = all(not low <= value <= high for value in rivals.values())
+    excluded = all(not low <= value <= high for value in (*rivals.values(), *_implied(expected)))
     if kind == REFUTED:
         return HOLDS if inside and excluded and rivals else UNDECIDED
     return kind if inside and excluded else UNDECIDED
 
 
+def _implied(expected: Expected) -> list[float]:
+    """The rivals that an expected value always has."""
+    return [factor * expected for factor in (0, 0.5, 2, -1)] if isinstance(expected, float) and expected else []
+
+
 def samples_needed(estimate: Estimate, expected: Expected, rivals: Mapping[str, float]) -> int | None:
-    """How many independent samples would decide in nine cases of ten; None where no number would.
+    """How many independent samples would decide in nine cases of ten; None where these should have, or no number would.
 
     The distance to be seen is the one between what is expected and the nearest rival; for an inequality, between what
     was measured and the nearest bound or rival.
 
     >>> samples_needed(Estimate(0.3, 0.2, 100), 0.5, {"zero": 0.0})
-    169
+    673
     """
     if isinstance(expected, tuple):
         distances = [abs(estimate.value - value) for value in (*rivals.values(), *expected) if math.isfinite(value)]
     elif rivals:
-        distances = [abs(expected - value) for value in rivals.values()]
+        distances = [abs(expected - value) for value in (*rivals.values(), *_implied(expected))]
     else:
         distances = [abs(estimate.value - expected)]
     distance = min(distances, default=0.0)
-    if estimate.count < 2 or not distance or not math.isfinite(estimate.standard_error):
+    if estimate.count < 2 or not distance:
         return None
     quantiles = float(norm.ppf(0.975) + norm.ppf(POWER))
-    return math.ceil(estimate.count * (quantiles * estimate.standard_error / distance) ** 2)
+    try:
+        needed = math.ceil(estimate.count * (quantiles * estimate.standard_error / distance) ** 2)
+    except OverflowError:
+        return None
+    return needed if needed > estimate.count else None
 
 
 def _finite(value: float | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -54,7 +55,8 @@ class Ledger:
             problems or another seed: there an estimate that contradicts its entry is entered with the verdict that it
             gives, not refused.
         seeds: a folder with the verdicts of estimates on other seeds, `<chapter>.json`, as `make run PROFILE=full`
-            leaves them. A stated verdict that is not the same on nine of ten is not decided.
+            leaves them. A stated verdict that is not the same on nine of ten is not decided; one whose statement was
+            not tried, or has been reworded since, says so.
 
     >>> ledger = Ledger("01", "arXiv 2510.23142")
     >>> ledger.holds("01.1", "abstract", "s = exp(ΔH)", measured=1.0000001, expected=1.0, tolerance=1e-5)
@@ -77,10 +79,7 @@ class Ledger:
             if not checks.instance(name, value, str, "a string").strip():
                 raise ValueError(f"{name}: expected some text, got {value!r}")
         checks.boolean("stated", self.stated)
-        self._on_seeds = {}
-        if self.seeds is not None and self.stated:
-            stored = Path(checks.instance("seeds", self.seeds, (str, Path), "a folder")) / f"{self.chapter}.json"
-            self._on_seeds = json.loads(stored.read_text())["verdicts"] if stored.is_file() else {}
+        self._on_seeds = _read_seeds(self.seeds, self.chapter) if self.seeds is not None and self.stated else None
 
     def holds(self, id: str, section: str, statement: str, *, measured: float | Estimate, expected: Expected,
               tolerance: float | None = None, rules_out: float | Mapping[str, float] | None = None,
@@ -124,12 +123,14 @@ class Ledger:
                 raise LedgerError(f"{id}: {name}: expected some text, got {checks.shown(value)}")
         if not re.fullmatch(rf"{re.escape(self.chapter)}\.\w+", id):
             raise LedgerError(f"{id}: id: expected {self.chapter}. and a number, got {id!r}")
+        if source != OWN and source.strip().lower() == OWN:
+            raise LedgerError(f"{id}: source: expected {OWN!r} for our own, got {source!r}")
         if kind != HOLDS and source == OWN:
             raise LedgerError(f"{id}: source: what is {kind} needs someone else who said it")
-        expected, rivals = _expected(id, expected, isinstance(measured, Estimate)), _rivals(id, rules_out)
+        expected, rivals = _expected(id, expected), _rivals(id, rules_out)
         correction = next(iter(note.values()), None)
         if kind == CORRECTED:
-            rivals = {"as printed": _number(id, "as_printed", as_printed), **rivals}
+            rivals |= {"as printed": _number(id, "as_printed", as_printed)}
         claim = Claim(id, self.chapter, source, section, statement, 0.0, expected, 0.0, kind, correction,
                       _formulas(id, formulas, source), rules_out=rivals or None)
         if isinstance(measured, Estimate):
@@ -149,8 +150,10 @@ class Ledger:
             raise LedgerError(f"{claim.id}: tolerance: an Estimate brings its own, got {checks.shown(tolerance)}")
         if kind == HOLDS and not rivals:
             raise LedgerError(f"{claim.id}: rules_out: an Estimate needs the value that it rules out, got None")
+        least, most = expected if isinstance(expected, tuple) else (expected, expected)
         for name, rival in rivals.items():
-            if isinstance(expected, float) and rival == expected:
+            # A bound of a range may be its rival: "more than 0" rules 0 out.
+            if rival == least == most or least < rival < most:
                 raise LedgerError(f"{claim.id}: rules_out: {name or 'the rival'}, {rival:.6g}, is what is expected")
         value, error = (_number(claim.id, f"measured.{name}", getattr(estimate, name))
                         for name in ("value", "standard_error"))
@@ -161,11 +164,13 @@ class Ledger:
         if verdict not in (kind, UNDECIDED) and self.stated:
             raise LedgerError(f"{claim.id} ({claim.statement}): entered as '{kind}', but measured "
                               f"{claim.shown}, 95% interval {low:.4g} to {high:.4g}, against {claim.shown_expected}")
-        seeds = tuple(self._on_seeds.get(claim.id, ()))
+        seeds = () if self._on_seeds is None else self._on_seeds.get((claim.id, claim.statement))
         if seeds and seeds.count(verdict) < STABLE * len(seeds):
             verdict = UNDECIDED
         needed = samples_needed(estimate, expected, rivals) if verdict == UNDECIDED else None
-        return replace(claim, verdict=verdict, seeds=seeds, samples_needed=needed)
+        # A correction or a counterexample says nothing where data do not bear it out.
+        return replace(claim, verdict=verdict, seeds=seeds, samples_needed=needed,
+                       correction=claim.correction if verdict == kind else None)
 
     def __repr__(self) -> str:
         return f"Ledger of chapter {self.chapter}: {summarise(self.claims.values())}"
@@ -183,10 +188,9 @@ class Ledger:
 
 def _compared(claim: Claim, measured: float, tolerance: float) -> Claim:
     """The claim with an exact number, which is what the entry says, or LedgerError."""
-    if isinstance(claim.expected, tuple):
-        raise LedgerError(f"{claim.id}: expected: a pair of bounds needs an Estimate; compare the excess with 0")
     claim = replace(claim, measured=measured, tolerance=tolerance)
-    agrees = abs(measured - claim.expected) <= tolerance
+    least, most = claim.expected if isinstance(claim.expected, tuple) else (claim.expected, claim.expected)
+    agrees = least - tolerance <= measured <= most + tolerance
     if agrees == (claim.verdict == REFUTED):
         raise LedgerError(f"{claim.id} ({claim.statement}): entered as '{claim.verdict}', but measured {measured} "
                           f"against {claim.expected}, tolerance {tolerance}")
@@ -205,13 +209,25 @@ def _number(id: str, name: str, value: Any, minimum: float | None = None) -> flo
         raise LedgerError(f"{id}: {error}") from None
 
 
-def _expected(id: str, expected: Any, bounds: bool) -> Expected:
-    if not bounds or not isinstance(expected, tuple):
+def _read_seeds(folder: str | Path, chapter: str) -> dict[tuple[str, str], tuple[str, ...]]:
+    """The verdicts on other seeds, by id and statement."""
+    stored = Path(checks.instance("seeds", folder, (str, Path), "a folder")) / f"{chapter}.json"
+    if not stored.is_file():
+        return {}
+    try:
+        return {(id, entry["statement"]): tuple(entry["on_seeds"])
+                for id, entry in json.loads(stored.read_text())["verdicts"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LedgerError(f"seeds: {stored} is not what `make run PROFILE=full` writes: {error!r}") from None
+
+
+def _expected(id: str, expected: Any) -> Expected:
+    if not isinstance(expected, tuple):
         return _number(id, "expected", expected)
-    ends = [float(end) if isinstance(end, (int, float)) else float("nan") for end in expected]
-    if len(ends) != 2 or not ends[0] < ends[1]:
-        raise LedgerError(f"{id}: expected: expected a number, or a pair of bounds (low, high), got {expected!r}")
-    return ends[0], ends[1]
+    ends = [end if end in (-math.inf, math.inf) else _number(id, "expected", end) for end in expected]
+    if len(ends) != 2 or not ends[0] < ends[1] or ends == [-math.inf, math.inf]:
+        raise LedgerError(f"{id}: expected: expected a number, or a range (low, high), got {expected!r}")
+    return float(ends[0]), float(ends[1])
 
 
 def _rivals(id: str, rules_out: Any) -> dict[str, float]:
@@ -219,16 +235,20 @@ def _rivals(id: str, rules_out: Any) -> dict[str, float]:
         return {}
     if not isinstance(rules_out, Mapping):
         rules_out = {"": rules_out}
+    if "as printed" in rules_out:
+        raise LedgerError(f"{id}: rules_out: what is printed is a correction's as_printed")
     return {str(name): _number(id, "rules_out", value) for name, value in rules_out.items()}
 
 
 def _formulas(id: str, formulas: Any, source: str) -> tuple[int, ...]:
-    numbers = tuple(formulas) if isinstance(formulas, Iterable) else (formulas,)
-    unknown = [n for n in numbers if n not in FORMULAS or source != NOTES]
-    if unknown:
-        raise LedgerError(f"{id}: formulas: the notes have 1 to {len(FORMULAS)}, other sources none; got "
-                          f"{checks.shown(unknown[0])} of {source}")
-    return numbers
+    numbers = list(formulas) if isinstance(formulas, Iterable) else [formulas]
+    for i, number in enumerate(numbers):
+        try:
+            numbers[i] = checks.integer("formulas", number, 1, len(FORMULAS) if source == NOTES else 0)
+        except (TypeError, ValueError):
+            raise LedgerError(f"{id}: formulas: the notes have 1 to {len(FORMULAS)}, other sources none; got "
+                              f"{checks.shown(number)} of {source}") from None
+    return tuple(dict.fromkeys(numbers))
 
 
 def collect(results: str | Path) -> list[Claim]:
@@ -256,7 +276,7 @@ def summarise(claims: Iterable[Claim]) -> str:
 
 
 def by_source(claims: Iterable[Claim]) -> str:
-    """Who says what, source by source, as Markdown: displayed formulas, what stands in the text, and our own claims.
+    """Who says what, source by source, as Markdown: displayed formulas, what stands in the text, and our own entries.
 
     A formula counts once, whatever the number of its entries, with the verdict that its reader must know of first:
     refuted, then holds with a correction, then not decided.
@@ -272,7 +292,7 @@ def by_source(claims: Iterable[Claim]) -> str:
                      + _counts(Counter(by_formula.values()), "have entries"))
     for source, verdicts in sorted(texts.items(), key=lambda item: (item[0] == OWN, item[0] != NOTES, item[0])):
         lines.append("- " + ("our own" if source == OWN else f"{source}, in its text") + ": "
-                     + _counts(Counter(verdicts), "statements"))
+                     + _counts(Counter(verdicts), "entries"))
     return "\n".join(lines)
 
 
@@ -312,7 +332,7 @@ def markdown(claims: Iterable[Claim], pages: Mapping[str, str] | None = None) ->
     for c in _claims(claims):
         where = f"{'own' if c.source == OWN else c.source} {c.section}" + "".join(f" [{n}]" for n in c.formulas)
         cells = (_link(c, pages), where, c.statement, c.shown, c.shown_expected, c.shown_verdict, c.correction or "")
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(re.sub(r"\s+", " ", cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
