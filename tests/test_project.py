@@ -92,7 +92,8 @@ def test_profiles_set_only_parameters_that_the_chapter_has(script):
     assert {"quick", "full"} <= {profile.stem for profile in profiles}
     for profile in profiles:
         sections = yaml.safe_load(profile.read_text()) or {}
-        assert set(sections) <= {"all"} | {path.name[:2] for path in CHAPTERS}
+        assert set(sections) <= {"all", "seeds"} | {path.name[:2] for path in CHAPTERS}
+        assert isinstance(sections.get("seeds", 0), int)
         own = {**(sections.get("all") or {}), **(sections.get(script.name[:2]) or {})}
         assert set(own) <= known, f"{profile.name} sets {set(own) - known}"
 

@@ -1,113 +1,21 @@
-"""Policies small enough to enumerate: every expectation exactly, in float64. The referee of all estimators."""
+"""Every response, every group of responses, and expectations over them: exact, as all of them are there."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-import types
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from deltah import checks
-from deltah.entropy import FOLDS
-from deltah.estimates import Estimate
-from deltah.models.modes import WrittenOut
 from deltah.policies import Policy
 from deltah.rollouts import Rollouts
 from deltah.scoring import TokenScores
 
 # More responses than this are a slip of the arguments, not a policy to enumerate.
 MOST_RESPONSES = 2**20
-
-
-class _InFloat64(WrittenOut):
-    """Turns every request for float32 into one for float64, too."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-        kwargs = {k: torch.float64 if a is torch.float32 else a for k, a in (kwargs or {}).items()}
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def exact_policy(model: PreTrainedModel) -> Policy:
-    """A policy whose every layer computes in float64, without a tokenizer.
-
-    Most transformers models fall back to float32 in places (RMS norms, rotary positions, the softmax of eager
-    attention), whatever the dtype of their weights: identities then hold to 1e-7 only. Here they hold to float64's
-    rounding, and derivatives of any order and mode are right. Attention is the eager kind, as the fused ones have no
-    forward mode.
-
-    Args:
-        model: any transformers causal LM; it is converted in place. Its `config.eos_token_id` ends a response.
-
-    Raises:
-        TypeError, ValueError: a model that cannot be a policy, which then stays as it was.
-
-    >>> exact_policy(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=5))).dtype
-    torch.float64
-    """
-    policy = Policy(model)
-    policy.model.set_attn_implementation("eager")
-    if getattr(policy.model.config, "_experts_implementation", None):
-        policy.model.set_experts_implementation("eager")
-    policy.model.double().forward = _ForwardInFloat64(policy.model)
-    return policy
-
-
-class _ForwardInFloat64:
-    """What takes the place of a model's `forward`; a copy or a pickle of the model has one of its own."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(types.MethodType(type(self.model).forward, self.model))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _InFloat64():
-            return type(self.model).forward(self.model, *args, **kwargs)
-
-
-def tiny_policy(vocabulary_size: int = 4, eos_token_id: int | None = None, context_length: int = 16,
-                seed: int = 0, eos_logit: float = 0.0) -> Policy:
-    """An `exact_policy` to begin with: a random GPT-2 of a few thousand parameters.
-
-    Args:
-        vocabulary_size: V.
-        eos_token_id: the token that ends a response; None: responses end at the length asked for.
-        context_length: tokens of prompt and response together.
-        seed: of the weights.
-        eos_logit: roughly added to the EOS token's logit: a large one makes long responses rare, and the
-            entropy heavy-tailed.
-
-    >>> tiny_policy().vocabulary_size
-    4
-    """
-    vocabulary_size = checks.integer("vocabulary_size", vocabulary_size, minimum=1)
-    context_length = checks.integer("context_length", context_length, minimum=1)
-    if eos_token_id is not None:
-        eos_token_id = checks.integer("eos_token_id", eos_token_id, minimum=0, maximum=vocabulary_size - 1)
-    if checks.number("eos_logit", eos_logit) and eos_token_id is None:
-        raise ValueError(f"eos_logit: expected 0 without an eos_token_id, got {eos_logit}")
-    seed = checks.integer("seed", seed, minimum=0)
-    config = GPT2Config(vocab_size=vocabulary_size, n_positions=context_length, n_embd=16, n_layer=2, n_head=2,
-                        initializer_range=0.4, bos_token_id=None, eos_token_id=eos_token_id)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = GPT2LMHeadModel(config).eval()
-    if eos_logit:
-        with torch.no_grad():
-            direction = model.lm_head.weight[eos_token_id]
-            model.transformer.ln_f.bias += eos_logit * direction / direction.square().sum()
-    return exact_policy(model)
 
 
 def every_response(policy: Policy, prompts: Sequence[Sequence[int]], max_new_tokens: int,
@@ -126,6 +34,7 @@ def every_response(policy: Policy, prompts: Sequence[Sequence[int]], max_new_tok
     Raises:
         ValueError: more than 2^20 responses, or prompts that do not fit the policy.
 
+    >>> from deltah.exact import tiny_policy
     >>> len(every_response(tiny_policy(vocabulary_size=3), [[0], [1, 2]], max_new_tokens=2))
     18
     """
@@ -250,28 +159,10 @@ def group_moments(probabilities: Tensor, values: Tensor, size: int) -> tuple[Ten
     return mean.flatten(), second.view(mean.numel(), -1)
 
 
-def flat_gradient(policy: Policy, quantity: Tensor) -> Tensor:
-    """The gradient [P] of a scalar with respect to the policy's parameters, flattened, by one backward pass.
-
-    >>> from deltah import score
-    >>> policy = tiny_policy()
-    >>> log_probs = score(policy, every_response(policy, [[0]], 1)).log_probs
-    >>> flat_gradient(policy, log_probs[0, 0]).shape == (sum(p.numel() for p in policy.parameters.values()),)
-    True
-    """
-    checks.instance("policy", policy, Policy)
-    checks.tensor("quantity", quantity, (), "floating")
-    if not quantity.requires_grad:
-        raise ValueError("quantity: expected a number that depends on the policy's parameters; was it made without "
-                         "gradients?")
-    gradients = torch.autograd.grad(quantity, list(policy.parameters.values()), retain_graph=True,
-                                    materialize_grads=True)
-    return torch.cat([gradient.flatten() for gradient in gradients])
-
-
 def prefixes(rollouts: Rollouts) -> Tensor:
     """A number for what each response token was drawn after, [N, T]: equal after the same prompt and tokens.
 
+    >>> from deltah.exact import tiny_policy
     >>> prefixes(every_response(tiny_policy(vocabulary_size=2), [[0]], max_new_tokens=2))
     tensor([[0, 1],
             [0, 1],
@@ -297,6 +188,7 @@ def conditional_mean(values: Tensor, rollouts: Rollouts, weights: Tensor, tokens
         weights: [N] probabilities of the responses.
         tokens: how many tokens of a response are given; 0: the prompt alone.
 
+    >>> from deltah.exact import tiny_policy
     >>> every = every_response(tiny_policy(vocabulary_size=2), [[0]], 2)        # 00, 01, 10, 11
     >>> conditional_mean(torch.tensor([1.0, 3.0, 2.0, 0.0]), every, torch.ones(4) / 4, tokens=1)
     tensor([2., 2., 1., 1.])
@@ -340,73 +232,21 @@ def covariance(x: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("n,ni,nj->ij", weights, centred, centred)
 
 
-def coverage(estimate: Callable[[Tensor], Estimate], weights: Tensor, size: int, truth: float, replicates: int = 2000,
-             level: float = 0.95, seed: int = 0) -> float:
-    """The share of independent samples whose confidence interval holds the truth: what `level` promises.
+def flat_gradient(policy: Policy, quantity: Tensor) -> Tensor:
+    """The gradient [P] of a scalar with respect to the policy's parameters, flattened, by one backward pass.
 
-    Args:
-        estimate: takes the rows [size] of a sample and returns its Estimate.
-        weights: [N] probabilities to draw rows with, with replacement.
-        size: rows in a sample.
-        truth: the value that is estimated, known exactly.
-        replicates: samples; with 2,000, a true 95% is seen within one point.
-        level: of the intervals.
-        seed: of the samples.
-
-    >>> x = torch.tensor([0.0, 1.0, 2.0])
-    >>> coverage(lambda rows: Estimate.mean(x[rows]), torch.ones(3) / 3, size=50, truth=1.0, replicates=200) > 0.9
+    >>> from deltah import score
+    >>> from deltah.exact import tiny_policy
+    >>> policy = tiny_policy()
+    >>> log_probs = score(policy, every_response(policy, [[0]], 1)).log_probs
+    >>> flat_gradient(policy, log_probs[0, 0]).shape == (sum(p.numel() for p in policy.parameters.values()),)
     True
     """
-    truth, level = checks.number("truth", truth), checks.number("level", level, above=0, below=1)
-    estimates = replicate(estimate, weights, size, replicates, seed)
-    return sum(low <= truth <= high for low, high in (e.interval(level) for e in estimates)) / len(estimates)
-
-
-def replicate(estimate: Callable[[Tensor], Estimate], weights: Tensor, size: int, replicates: int = 2000,
-              seed: int = 0) -> list[Estimate]:
-    """The estimates from independent samples; the arguments are those of `coverage`.
-
-    >>> x = torch.tensor([0.0, 1.0, 2.0])
-    >>> len(replicate(lambda rows: Estimate.mean(x[rows]), torch.ones(3) / 3, size=50, replicates=20))
-    20
-    """
-    checks.instance("estimate", estimate, Callable, "a function of rows")
-    checks.tensor("weights", weights, ("N",), "floating", finite=True)
-    size, replicates = checks.integer("size", size, minimum=1), checks.integer("replicates", replicates, minimum=1)
-    generator = torch.Generator().manual_seed(checks.integer("seed", seed, minimum=0))
-    return [estimate(torch.multinomial(weights, size, replacement=True, generator=generator))
-            for _ in range(replicates)]
-
-
-def cross_fitted(target: Tensor, variate: Tensor, weights: Tensor, size: int, replicates: int = 2000,
-                 seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Means of `target` over independent samples, [replicates], and those that `entropy.control_variate` makes of them.
-
-    Args:
-        target, variate: [N]; the variate's expectation is zero.
-        weights: [N] probabilities to draw rows with, with replacement; a row is a cluster of its own.
-        size: rows in a sample, at least five.
-        replicates: samples, all at once.
-        seed: of the samples.
-
-    >>> x = torch.tensor([-1.0, 0.0, 1.0])
-    >>> plain, fitted = cross_fitted(1 + 2 * x, x, torch.ones(3) / 3, size=40, replicates=50)
-    >>> bool(plain.std() > 0.1), bool(fitted.std() < 1e-6)
-    (True, True)
-    """
-    checks.tensor("weights", weights, ("N",), "floating", finite=True)
-    for name, tensor in (("target", target), ("variate", variate)):
-        checks.tensor(name, tensor, weights.shape, "floating", finite=True)
-    size, replicates = checks.integer("size", size, minimum=FOLDS), checks.integer("replicates", replicates, minimum=1)
-    generator = torch.Generator().manual_seed(checks.integer("seed", seed, minimum=0))
-    rows = torch.multinomial(weights, replicates * size, replacement=True, generator=generator).view(replicates, size)
-    y, x = target.double()[rows], variate.double()[rows]
-    folds, fitted = torch.arange(size) % FOLDS, y.clone()
-    for fold in range(FOLDS):
-        others = folds != fold
-        centred = x[:, others] - x[:, others].mean(1, keepdim=True)
-        spread = centred.square().sum(1)
-        # A variate that does not vary explains nothing, as in the pseudo-inverse.
-        slope = torch.where(spread > 1e-20, (centred * y[:, others]).sum(1) / spread, 0.0)
-        fitted[:, ~others] -= slope[:, None] * x[:, ~others]
-    return y.mean(1), fitted.mean(1)
+    checks.instance("policy", policy, Policy)
+    checks.tensor("quantity", quantity, (), "floating")
+    if not quantity.requires_grad:
+        raise ValueError("quantity: expected a number that depends on the policy's parameters; was it made without "
+                         "gradients?")
+    gradients = torch.autograd.grad(quantity, list(policy.parameters.values()), retain_graph=True,
+                                    materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
