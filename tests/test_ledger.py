@@ -178,6 +178,13 @@ def test_an_estimate_that_leaves_its_rival_in_decides_nothing():
     assert 0.88 < decided / 4000 < 0.92
 
 
+def test_a_distance_below_the_error_is_noise_and_needs_ten_times_the_samples_at_least():
+    book = Ledger("01", "notes")
+    for id, value in (("01.1", 0.001), ("01.2", -0.05), ("01.3", 0.1)):
+        book.holds(id, **COMMON, measured=estimate(value), expected=(0.0, float("inf")), rules_out=0.0)
+    assert [claim.samples_needed for claim in book.claims.values()] == [1062] * 3
+
+
 def test_an_inequality_holds_where_the_whole_interval_lies_within():
     book = Ledger("01", "notes")
     positive = (0.0, float("inf"))

@@ -174,14 +174,15 @@ def _implied(expected: Expected) -> list[float]:
 def samples_needed(estimate: Estimate, expected: Expected, rivals: Mapping[str, float]) -> int | None:
     """How many independent samples would decide in nine cases of ten; None where these should have, or no number would.
 
-    The distance to be seen is the one between what is expected and the nearest rival; for an inequality, between what
-    was measured and the nearest bound or rival.
+    The distance to be seen is the one between what is expected and the nearest rival; for a range, between what was
+    measured and the nearest bound or rival, and no less than an error, as what is smaller is noise.
 
     >>> samples_needed(Estimate(0.3, 0.2, 100), 0.5, {"zero": 0.0})
     673
     """
     if isinstance(expected, tuple):
-        distances = [abs(estimate.value - value) for value in (*rivals.values(), *expected) if math.isfinite(value)]
+        distances = [max(abs(estimate.value - value), estimate.standard_error)
+                     for value in (*rivals.values(), *expected) if math.isfinite(value)]
     elif rivals:
         distances = [abs(expected - value) for value in (*rivals.values(), *_implied(expected))]
     else:
