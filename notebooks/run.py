@@ -89,11 +89,15 @@ def run(chapters: list[Path], profile: str, changes: dict[str, Any]) -> int:
     return status
 
 
-def execute_missing(wanted: list[tuple[Path, dict[str, Any]]]) -> int:
-    """Execute chapters with parameters, but for those whose results are there; returns the exit status."""
+def execute_missing(wanted: list[tuple[Path, dict[str, Any]]], seeds: bool = True) -> int:
+    """Execute chapters with parameters, but for those whose results are there; returns the exit status.
+
+    Args:
+        seeds: whether they read the verdicts on other seeds, which chapters on such seeds do not.
+    """
     jobs = []
     for chapter, parameters in wanted:
-        job = Job(chapter, parameters, inputs.fingerprint(ROOT, chapter, parameters))
+        job = Job(chapter, parameters, inputs.fingerprint(ROOT, chapter, parameters, seeds))
         unfinished = note_of(job.results, chapter.stem).is_file()
         if not unfinished and stored_fingerprint(job.results / f"{chapter.stem}.ipynb") == job.mark:
             print(f"{job.name}: up to date")
@@ -115,7 +119,7 @@ def try_seeds(chapters: list[Path], folder: Path, changes: dict[str, Any], count
     chapters = [chapter for chapter in chapters if "seed" in inputs.parameter_names(chapter)]
     wanted = [(chapter, {**inputs.of_chapter(chapter, changes), "seed": seed, "results": str(folder / str(seed))})
               for chapter in chapters for seed in range(1, count + 1)]
-    status = execute_missing(wanted)
+    status = execute_missing(wanted, seeds=False)
     for chapter in chapters:
         number, verdicts = chapter.name.split("_")[0], {}
         ledgers = [folder / str(seed) / "ledger" / f"{number}.json" for seed in range(1, count + 1)]

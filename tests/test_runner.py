@@ -263,3 +263,5 @@ def test_estimates_are_tried_on_other_seeds(project, inputs, monkeypatch):
         marks.append([inputs.fingerprint(project.root, chapter, {}, seeds) for seeds in (False, True)])
     assert marks[0][0] == marks[1][0] == json.loads(gathered.read_text())["fingerprint"]
     assert marks[0][1] != marks[1][1]
+    status, output = project.run()
+    assert "01_chapter: executing" in output and "01_chapter, seed 2: up to date" in output

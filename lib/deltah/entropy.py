@@ -66,7 +66,7 @@ def control_variate(target: Tensor, variates: Tensor, clusters: Tensor, denomina
 
     The coefficients for a cluster are fitted on the other folds' clusters (cross-fitting), so they are
     independent of what they multiply, and the mean keeps its expectation exactly. Fitting costs variance: on few
-    clusters (below about 50), or where the variates explain next to nothing, more than it gains. See chapter 02.
+    clusters (below about 80), or where the variates explain next to nothing, more than it gains. See chapter 02.
 
     Args:
         target: [N].

@@ -13,7 +13,7 @@ highest probability that any coupling allows (Gumbel noise shared by both polici
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -71,8 +71,8 @@ def measured_entropy_change(policy: Policy, rollouts: Rollouts, direction: Direc
     checks.choice("method", method, METHODS)
     steps = None if max_new_tokens is None else checks.integer("max_new_tokens", max_new_tokens)
     seed = checks.integer("seed", seed, minimum=0)
-    rates, changes = _changes(policy, rollouts, direction, learning_rates, per, method, seed, steps, batch_size)
-    rows = []
+    rates, rows = _rates(learning_rates), []
+    changes = _changes(policy, rollouts, direction, rates, per, method, seed, steps, batch_size)
     for rate, (change, size) in zip(rates, changes, strict=True):
         collapsed = change is None
         low, high = (float("nan"),) * 2 if collapsed else change.interval()
@@ -106,10 +106,11 @@ def linearity(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping
     >>> linearity(policy, rollouts, direction, [1e-5, 1e-3])                 # doctest: +SKIP
     [1 ± 0, 0.57 ± 0.06]
     """
-    rates, changes = _changes(policy, rollouts, direction, learning_rates, per, "importance", 0, None, batch_size)
+    rates = _rates(learning_rates)
     if len(rates) < 2 or min(rates) == 0:
         raise ValueError(f"learning_rates: expected two or more, above 0, got {checks.shown(rates)}")
-    changes = [change for change, _ in changes]
+    changes = [change for change, _ in _changes(policy, rollouts, direction, rates, per, "importance", 0, None,
+                                                batch_size)]
     start = changes[rates.index(min(rates))]
     if start is None:
         raise ValueError(f"learning_rates: at {min(rates):.3g}, the smallest, the weights have collapsed already")
@@ -121,13 +122,13 @@ def linearity(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping
 
 
 def _changes(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping[str, Tensor],
-             learning_rates: Iterable[float], per: str, method: str, seed: int, max_new_tokens: int | None,
-             batch_size: int | None) -> tuple[list[float], list[tuple[Estimate | None, float]]]:
-    """The learning rates, and for each the change, None where weights have collapsed, and the effective sample size."""
+             rates: Sequence[float], per: str, method: str, seed: int, max_new_tokens: int | None,
+             batch_size: int | None) -> list[tuple[Estimate | None, float]]:
+    """At each learning rate the change, None where weights have collapsed, and the effective sample size."""
     checks.instance("policy", policy, Policy)
     checks.instance("rollouts", rollouts, Rollouts)
     checks.choice("per", per, UNITS)
-    rates, steps = _rates(learning_rates), rollouts.response_mask.shape[1]
+    steps = rollouts.response_mask.shape[1]
     if max_new_tokens is not None and max_new_tokens < steps:
         raise ValueError(f"max_new_tokens: expected at least the rollouts' {steps}, got {max_new_tokens}")
     steps = steps if max_new_tokens is None else int(max_new_tokens)
@@ -145,7 +146,7 @@ def _changes(policy: Policy, rollouts: Rollouts, direction: Direction | Mapping[
                 moved = _coupled(policy, rollouts, before, parameters, steps, seed, batch_size)
                 after = score(policy, moved, parameters, batch_size)
                 changes.append((_difference(rollouts, before, moved, after, per), float(len(rollouts))))
-    return rates, changes
+    return changes
 
 
 def _rates(learning_rates: Iterable[float]) -> list[float]:
