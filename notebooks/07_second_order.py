@@ -336,53 +336,7 @@ ledger.holds("07.13", "derived here", "h″ = (H″ − 2h′L′ − hL″)/L f
 print(f"per token: h {h:.4f}, h′ {slope_token:.4f}, h″ {curvature_token:.2f}; without L′ and L″: {second / L:.2f}")
 
 # %% [markdown]
-# ## 5 · Hessian-vector products
-#
-# There are "some nice tricks", say the notes, to compute <a id="07.14" href="#ledger-07.14">[07.14]</a>
-#
-# $$ (\nabla^2H)(Pg) . $$
-#
-# The Hessian is never formed. One may differentiate twice in reverse, as the referee does; go forward through the
-# backward pass, which also gives the whole vector; or go forward twice, which gives the number $v^T\nabla^2H\,v$ only,
-# and needs no memory for a backward pass. <a id="07.15" href="#ledger-07.15">[07.15]</a> For the exact entropy all
-# three must agree.
-
-# %%
-entropy = partial(exact_entropy, tiny)
-_, forward_reverse = jvp(torch.func.grad(entropy), (own,), (v,))
-_, (_, forward_forward) = jvp(lambda p: jvp(entropy, (p,), (v,)), (own,), (v,))
-gap = (parameters_to_vector(forward_reverse.values()) - hessian_v).abs().max() / hessian_v.abs().max()
-ledger.holds("07.14", "2.5", "∇²H v forward over reverse equals reverse over reverse (largest gap, relative)",
-             measured=gap, expected=0, tolerance=1e-10, formulas=(86,))
-ledger.holds("07.15", "2.6", "vᵀ∇²H v forward over forward equals reverse over reverse (ratio)",
-             measured=forward_forward / second, expected=1, tolerance=1e-10)
-
-# %% [markdown]
-# One warning. PyTorch's fused layer norm has a forward-mode rule that is right once. When it is differentiated again it
-# takes the mean and the deviation that it had saved for constants, and the second derivative comes out slightly wrong,
-# without any message. Every GPT-2-like model is concerned. Inside `policy.forward_mode()` the library writes layer norm
-# out in elementary operations. <a id="07.16" href="#ledger-07.16">[07.16]</a> We take the same weights in an untouched
-# model, differentiate forward twice outside and inside of it, and ask finite differences of the entropy who is right.
-
-# %%
-untouched = GPT2LMHeadModel(tiny.model.config).double()
-untouched.set_attn_implementation("eager")
-untouched.load_state_dict(tiny.model.state_dict())
-raw = dh.Policy(untouched)
-nested = []
-for context in (nullcontext(), raw.forward_mode()):
-    with context:
-        nested += jvp(lambda p: jvp(partial(exact_entropy, raw), (p,), (v,))[1], (own,), (v,))[1:]
-outside, inside = nested
-differences = (16 * five[1] - five[0]) / 15
-print(f"jvp twice, PyTorch's layer norm: {outside:.1f}\njvp twice, written out:          {inside:.1f}\n"
-      f"finite differences:              {differences:.1f}")
-ledger.holds("07.16", "derived here", "with layer norm written out, jvp twice gives the second difference (ratio)",
-             measured=inside / differences, expected=1, tolerance=1e-5, source="deltah",
-             rules_out={"PyTorch's": outside / differences})
-
-# %% [markdown]
-# ## 6 · The critical learning rate
+# ## 5 · The critical learning rate
 #
 # ### Whose gradient, which sign
 #
@@ -599,7 +553,7 @@ ledger.refuted("07.24", "2.5", "where the second order is smaller than the first
                measured=abs(error), expected=0, tolerance=0.1)
 
 # %% [markdown]
-# ## 7 · Do the intervals hold?
+# ## 6 · Do the intervals hold?
 #
 # The contributions of all responses, computed once, are a population to draw samples from. For the direction of section
 # 1 we draw samples of several sizes and count how many 95% intervals hold the exact derivative; for $\eta^*$ the
@@ -642,7 +596,7 @@ for i, (name, share) in enumerate(coverage.items()):
 # harm. In a small sample the rarest responses are missing, with their contribution and with their share of the error,
 # and no interval can know.
 #
-# ## 8 · The shipped policy
+# ## 7 · The shipped policy
 #
 # Now a trained transformer, some steps of AdamW at `training_rate` into reinforcement learning, so that the optimizer
 # has a momentum and second moments. On one batch U the next step is made in two ways, by plain gradient descent and by
@@ -708,10 +662,10 @@ largest = f"{len(E)} rollouts"
 factors, size = np.array([0.1, 1.0, 2.0, 3.0, 6.0, 10.0]), {"AdamW": training_rate}
 size["SGD"] = training_rate * abs(orders["AdamW", largest][0].value / orders["SGD", largest][0].value)
 straightness, predicted, rows = {}, {}, {}
-for name, v in directions.items():
+for name, along in directions.items():
     one, two = orders[name, largest]
     curve = dh.Estimate.ratio(two.contributions, one.contributions)
-    straightness[name] = dh.linearity(policy, E, v, factors * size[name])
+    straightness[name] = dh.linearity(policy, E, along, factors * size[name])
     predicted[name] = [dh.Estimate.mean(1 + 0.5 * x * size[name] * curve.contributions) for x in factors]
     for x in (1, 3):
         rows[name, f"{x * size[name]:.1g}"] = [straightness[name][x], predicted[name][x]]
@@ -769,6 +723,53 @@ dh.figures.save(figure, results, "07-reach")
 # intervals; circles and the band share batch E, and the bars of squares have the errors of both the change and the
 # first order that it is divided by. The grey region is what that batch knows of* $\eta^*$; *where it reaches the right
 # edge it may have no end.*
+
+# %% [markdown]
+# ## The remaining equations
+#
+# **Hessian-vector products.** There are "some nice tricks", say the notes, to compute
+# <a id="07.14" href="#ledger-07.14">[07.14]</a>
+#
+# $$ (\nabla^2H)(Pg) . $$
+#
+# The Hessian is never formed. One may differentiate twice in reverse, as the referee does; go forward through the
+# backward pass, which also gives the whole vector; or go forward twice, which gives the number $v^T\nabla^2H\,v$ only,
+# and needs no memory for a backward pass. <a id="07.15" href="#ledger-07.15">[07.15]</a> For the exact entropy all
+# three must agree.
+
+# %%
+entropy = partial(exact_entropy, tiny)
+_, forward_reverse = jvp(torch.func.grad(entropy), (own,), (v,))
+_, (_, forward_forward) = jvp(lambda p: jvp(entropy, (p,), (v,)), (own,), (v,))
+gap = (parameters_to_vector(forward_reverse.values()) - hessian_v).abs().max() / hessian_v.abs().max()
+ledger.holds("07.14", "2.5", "∇²H v forward over reverse equals reverse over reverse (largest gap, relative)",
+             measured=gap, expected=0, tolerance=1e-10, formulas=(86,))
+ledger.holds("07.15", "2.6", "vᵀ∇²H v forward over forward equals reverse over reverse (ratio)",
+             measured=forward_forward / second, expected=1, tolerance=1e-10)
+
+# %% [markdown]
+# One warning. PyTorch's fused layer norm has a forward-mode rule that is right once. When it is differentiated again it
+# takes the mean and the deviation that it had saved for constants, and the second derivative comes out slightly wrong,
+# without any message. Every GPT-2-like model is concerned. Inside `policy.forward_mode()` the library writes layer norm
+# out in elementary operations. <a id="07.16" href="#ledger-07.16">[07.16]</a> We take the same weights in an untouched
+# model, differentiate forward twice outside and inside of it, and ask finite differences of the entropy who is right.
+
+# %%
+untouched = GPT2LMHeadModel(tiny.model.config).double()
+untouched.set_attn_implementation("eager")
+untouched.load_state_dict(tiny.model.state_dict())
+raw = dh.Policy(untouched)
+nested = []
+for context in (nullcontext(), raw.forward_mode()):
+    with context:
+        nested += jvp(lambda p: jvp(partial(exact_entropy, raw), (p,), (v,))[1], (own,), (v,))[1:]
+outside, inside = nested
+differences = (16 * five[1] - five[0]) / 15
+print(f"jvp twice, PyTorch's layer norm: {outside:.1f}\njvp twice, written out:          {inside:.1f}\n"
+      f"finite differences:              {differences:.1f}")
+ledger.holds("07.16", "derived here", "with layer norm written out, jvp twice gives the second difference (ratio)",
+             measured=inside / differences, expected=1, tolerance=1e-5, source="deltah",
+             rules_out={"PyTorch's": outside / differences})
 
 # %%
 ledger.save(results)
