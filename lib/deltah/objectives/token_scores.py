@@ -17,10 +17,10 @@ higher probability p*: E_{i∼p} S_i = Cov_p(p, log p) ≥ 0, S is negative belo
     D > 0  ⇔  p > p*,    log p* = −H + W(e^H E_{i∼p} S_i),    W: Lambert's function.
 
 A sign taken from H + log p is thus wrong about a policy-gradient step for e^{−H} < p < p*, where abs(D) < E_{i∼p} S_i,
-and right for every other token; of a vocabulary of two, no token lies there. What the step does through shared parameters, to other
-distributions and to which prefixes are met, none of them sees: that is the influence, which `deltah.attribution` gives.
-The entropy ratio H_new / H_old, outside (0.95, 1.05) in arXiv 2512.05591, takes the step first: divide the entropies of
-two calls of `score`.
+and right for every other token; of a vocabulary of two, no token lies there. What the step does through shared
+parameters, to other distributions and to which prefixes are met, none of them sees: that is the influence, which
+`deltah.attribution` gives. The entropy ratio H_new / H_old, outside (0.95, 1.05) in arXiv 2512.05591, takes the step
+first: divide the entropies of two calls of `score`.
 """
 
 from __future__ import annotations
