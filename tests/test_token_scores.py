@@ -209,10 +209,13 @@ def test_dtypes_and_advantages_of_whole_responses(name):
     one = A[:, 0]
     wide = SCORES[name](scores, old, one[:, None].expand_as(mask), mask)
     assert wide.dtype == torch.float64 and torch.equal(SCORES[name](scores, old, one, mask), wide)
-    fields = (getattr(scores, field) for field in ("log_probs", "entropies", "collisions", "collision_log_probs"))
-    single = dh.TokenScores(*(x.float() for x in fields))
-    found = SCORES[name](single, old.float(), one.float(), mask)
+    names = ("log_probs", "entropies", "collisions", "collision_log_probs")
+    single = [getattr(scores, field).float() for field in names] + [old.float(), one.float()]
+    found = SCORES[name](dh.TokenScores(*single[:4]), *single[4:], mask)
+    double = [x.double() for x in single]
+    # What is in between is in float64.
     assert found.dtype == torch.float32
+    assert torch.equal(found, SCORES[name](dh.TokenScores(*double[:4]), *double[4:], mask).float())
     # The uniform distribution's quadrants are rounding's.
     torch.testing.assert_close(found[1:].double(), wide[1:], atol=3e-6, rtol=3e-6)
 
