@@ -119,25 +119,27 @@ def in_batches(rollouts: Rollouts, rows: Sequence[Tensor],
 
 
 def weighted_gradient(policy: Policy, rollouts: Rollouts, rows: Sequence[Tensor], names: Sequence[str],
-                      weights: Tensor, entropy_weight: float = 0.0) -> dict[str, Tensor | None]:
-    """The gradient of Σ (weights · log π + entropy_weight · H_k) over the rollouts at `rows`, by parameter name.
+                      weights: Tensor, entropy_weights: Tensor | float = 0.0) -> dict[str, Tensor | None]:
+    """The gradient of Σ (weights · log π + entropy_weights · H_k) over the rollouts at `rows`, by parameter name.
 
     Args:
         rows: row indices of each batch.
         names: of the parameters.
         weights: [N, T].
+        entropy_weights: [N, T], or one for all tokens.
 
     Returns:
         Tensors in float32 at least; None where no token depends on the parameter.
     """
     parameters, total = policy.parameters, dict.fromkeys(names)
+    entropy_weights = torch.as_tensor(entropy_weights, dtype=weights.dtype, device=weights.device).expand_as(weights)
     for index in rows:
         index = index.to(weights.device)
         with torch.enable_grad():
             log_probs, entropies = score(policy, rollouts.select(index), batch_size=len(index))
             value = (weights[index].to(log_probs) * log_probs).sum()
-            if entropy_weight:
-                value = value + entropy_weight * entropies.sum()
+            if entropy_weights[index].any():
+                value = value + (entropy_weights[index].to(entropies) * entropies).sum()
             gradients = torch.autograd.grad(value, [parameters[name] for name in names], allow_unused=True)
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:

@@ -111,6 +111,11 @@ class Objective:
         """
         return tuple(name for name in EXTRAS if name in {*_asked(self.losses), *_asked(self.dropped)})
 
+    @property
+    def moments(self) -> bool:
+        """Whether it needs those of `score(..., moments=True)`."""
+        return "collisions" in self.needs or "collision_log_probs" in self.needs
+
     def loss(self, log_probs: Tensor, old_log_probs: Tensor, rollouts: Rollouts, entropies: Tensor | None = None,
              collisions: Tensor | None = None, collision_log_probs: Tensor | None = None, seed: int = 0,
              selected: Tensor | None = None) -> Tensor:

@@ -40,7 +40,8 @@ def clip_cov(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask:
     Raises:
         TypeError, ValueError: as for `grpo` and for `clip_cov_tokens`, or `selected` of another kind or shape.
 
-    >>> mask, log_probs, A = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[-0.5, -3.5]]), torch.tensor([[3.0, 1.0]])
+    >>> mask, log_probs = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[-0.5, -3.5]])
+    >>> A = torch.tensor([[3.0, 1.0]])
     >>> clip_cov(log_probs, log_probs, A, mask, fraction=1.0)                # both covariances are 1 · 1.5
     tensor([[0., 0.]])
     >>> clip_cov(log_probs, log_probs, A, mask, covariance_low=2.0)
