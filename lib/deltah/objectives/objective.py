@@ -76,7 +76,8 @@ class Objective:
         scale: whether `group_advantages` divides by the group's standard deviation.
         length: the constant of `aggregate`, ≥ 1; None: the width of the batch.
         dropped: which tokens leave the mask, for losses and aggregation alike: `clip_b_tokens`, or another function
-            of (log_probs, advantages, mask), and of extras by name, to [N, T] bool. None: none do.
+            of (log_probs, advantages, mask), and of extras by name, to [N, T] bool. None: none do. A mean over
+            sequences asks that each keeps a token.
 
     Raises:
         TypeError, ValueError: a field of another kind, or out of its range.
@@ -148,20 +149,20 @@ class Objective:
             advantages = group_advantages(rollouts.rewards, rollouts.prompt_index, self.scale)
         advantages, old_log_probs = advantages.to(log_probs), old_log_probs.to(log_probs)
         mask, needs = rollouts.response_mask.to(log_probs.device), self.needs
-        extras = {"entropies": entropies, "collisions": collisions, "collision_log_probs": collision_log_probs}
-        for name in extras.keys() & set(needs):
-            extras[name] = checks.tensor(name, extras[name], kind="floating").to(log_probs)
-        extras["seed"] = checks.integer("seed", seed, minimum=0)
         if selected is not None:
             if self.dropped is None and "selected" not in needs:
                 raise ValueError("selected: this objective treats no tokens apart, got some")
             selected = checks.tensor("selected", selected, mask.shape, kind="boolean").to(mask.device)
-        extras["selected"] = selected
+        extras = {"seed": checks.integer("seed", seed, minimum=0), "selected": selected}
+        for name, value in (("entropies", entropies), ("collisions", collisions),
+                            ("collision_log_probs", collision_log_probs)):
+            if name in needs:
+                extras[name] = checks.tensor(name, value, kind="floating").to(log_probs)
         if self.dropped is not None:
             if selected is None:
                 own = {name: extras[name] for name in _asked(self.dropped)}
                 selected = self.dropped(log_probs, advantages, mask, **own)
-            mask = mask & ~selected
+            mask = mask & ~checks.tensor("dropped", selected, mask.shape, kind="boolean")
         own = {name: extras[name] for name in _asked(self.losses)}
         losses = self.losses(log_probs, old_log_probs, advantages, mask, **own)
         return aggregate(losses, mask, self.aggregation, self.length)
