@@ -29,7 +29,7 @@ from deltah.policies import Policy
 from deltah.updates import state_of
 
 FORMAT = "deltah.training/1"
-PARAMETER, STATE = "parameter/", "optimizer/"
+ABOUT, PARAMETER, STATE = "deltah", "parameter/", "optimizer/"
 
 
 def configuration(policy: Policy, problems: Dataset, optimizer: Optimizer, settings: Mapping[str, Any]
@@ -84,11 +84,12 @@ def save(path: Path, policy: Policy, optimizer: Optimizer, configuration: Mappin
     tensors, rest = _split(optimizer)
     tensors = {STATE + name: x for name, x in tensors.items()}
     tensors |= {PARAMETER + name: p for name, p in policy.parameters.items()}
-    about = {"configuration": configuration, "steps": steps, "records": records, "optimizer": rest}
+    about = {"format": FORMAT, "configuration": configuration, "steps": steps, "records": records, "optimizer": rest}
     partial = path.with_name(f".{path.name}.partial")
     # Copies, because the format refuses tensors that share memory.
     tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-    save_file(tensors, partial, {"format": FORMAT, **{name: json.dumps(value) for name, value in about.items()}})
+    # Under one name, as the order of several is left to chance.
+    save_file(tensors, partial, {ABOUT: json.dumps(about)})
     # On the disk before its name is: a machine may stop too.
     with partial.open("rb") as file:
         os.fsync(file.fileno())
@@ -105,11 +106,9 @@ def load(path: Path, policy: Policy, optimizer: Optimizer, configuration: Mappin
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"checkpoint: expected a file written by training.train ({FORMAT}), got {str(path)!r} "
-                                 f"with format {metadata.get('format')}")
-            about = {name: json.loads(text) for name, text in metadata.items() if name != "format"}
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+            if about.get("format") != FORMAT:
+                raise ValueError(f"checkpoint: expected a file written by training.train ({FORMAT}), got {str(path)!r}")
             _check_same(path, about["configuration"], configuration)
             if about["steps"] > steps:
                 raise ValueError(f"steps: expected at least the {about['steps']} that {str(path)!r} has taken, "

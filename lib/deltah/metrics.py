@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,30 +132,37 @@ def of_rollouts(rollouts: Rollouts, scores: TokenScores) -> dict[str, float]:
     return {column: x for name, estimate in found.items() for column, x in with_error(name, estimate).items()}
 
 
-def watched(objective: Objective) -> tuple[Objective, list[Tensor]]:
-    """The same objective, and a list that gets [tokens, *SIDES] for each batch whose loss is taken from then on.
+def watched(objective: Objective) -> tuple[Objective, list[tuple[Tensor, Tensor]]]:
+    """The same objective, and a list that gets what `clip_fractions` reads of each batch whose loss is taken.
 
-    Counted are tokens whose loss has no gradient although their advantage is not zero, whatever the objective calls
-    that: clipped, masked. They are told apart by the sign of the advantage and by their own ratio π/π_old, below 1 or
-    not; an objective that clips sequences clips all tokens of one alike.
+    That is, [N, T] each: which tokens have no gradient by way of their log-prob, and which have a ratio π/π_old < 1.
     """
-    counts: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor]] = []
+    partial = objective.losses if isinstance(objective.losses, functools.partial) else functools.partial(
+        objective.losses)
 
-    @functools.wraps(objective.losses)
-    def losses(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, **more) -> Tensor:
-        found = objective.losses(log_probs, old_log_probs, advantages, mask, **more)
+    @functools.wraps(partial.func)
+    def losses(log_probs: Tensor, old_log_probs: Tensor, *rest: Any, **more: Any) -> Tensor:
+        found = partial.func(log_probs, old_log_probs, *rest, **more)
         (slope,) = torch.autograd.grad(found.sum(), log_probs, retain_graph=True, materialize_grads=True)
-        signs = (advantages if advantages.ndim == 2 else advantages[:, None]).sign()
-        silent, below = mask & (slope == 0), log_probs < old_log_probs
-        counts.append(torch.stack([mask.sum(), *((silent & (signs == sign) & side).sum()
-                                                 for sign in (1, -1) for side in (below, ~below))]))
+        seen.append((slope == 0, log_probs < old_log_probs))
         return found
 
-    return replace(objective, losses=losses), counts
+    return replace(objective, losses=functools.partial(losses, *partial.args, **partial.keywords)), seen
 
 
-def clip_fractions(counts: list[Tensor]) -> dict[str, float]:
-    """Of all tokens of the batches that `watched` has counted, the shares without a gradient."""
+def clip_fractions(minibatches: Sequence[Rollouts], seen: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Of all tokens the shares that get no gradient although their advantage is not zero: clipped, masked, left out.
+
+    They are told apart by the sign of their advantage, and by whether their own ratio is below 1; an objective that
+    clips sequences clips all tokens of one alike.
+    """
+    counts = []
+    for rollouts, (silent, below) in zip(minibatches, seen, strict=True):
+        mask = rollouts.response_mask.to(silent.device)
+        signs = rollouts.advantages.to(silent.device).sign()[:, None]
+        counts.append(torch.stack([mask.sum(), *((mask & silent & (signs == sign) & side).sum()
+                                                 for sign in (1, -1) for side in (below, ~below))]))
     tokens, *silent = torch.stack(counts).sum(0).tolist()
     return {f"clipped_{side}": count / tokens for side, count in zip(SIDES, silent, strict=True)}
 

@@ -99,6 +99,9 @@ def train(policy: Policy, problems: Dataset, objective: str | Objective = "grpo"
     """
     checks.instance("policy", policy, Policy)
     checks.instance("problems", problems, Dataset, "a Dataset with a column 'prompt'")
+    if "prompt" not in problems.column_names:
+        raise ValueError(f"problems: expected a column 'prompt', got {', '.join(problems.column_names)}")
+    policy.encode(problems["prompt"][:1])
     objective = find(objective)
     steps = checks.integer("steps", steps, minimum=1)
     prompts = checks.integer("prompts_per_step", prompts_per_step, minimum=1, maximum=len(problems))
@@ -182,18 +185,19 @@ def train(policy: Policy, problems: Dataset, objective: str | Objective = "grpo"
 def _minibatch_steps(policy: Policy, batch: Rollouts, old_log_probs: Tensor, objective: Objective,
                      optimizer: Optimizer, minibatches: int, limit: float | None) -> dict[str, float]:
     """An optimizer step on each minibatch; their mean loss and gradient norm, and what was clipped."""
-    objective, counts = metrics.watched(objective)
-    found = []
+    objective, seen = metrics.watched(objective)
     # Rollouts of a prompt are adjacent, and prompts have equally many.
-    for i, rows in enumerate(torch.arange(len(batch)).chunk(minibatches)):
+    rows = torch.arange(len(batch)).chunk(minibatches)
+    parts, found = [batch.select(chosen) for chosen in rows], []
+    for i, part in enumerate(parts):
         with _noted(f"in minibatch {i}"):
-            found.append(_step(policy, batch.select(rows), old_log_probs[rows.to(old_log_probs.device)], objective,
-                               optimizer, limit))
+            found.append(_step(policy, part, old_log_probs[rows[i].to(old_log_probs.device)], objective, optimizer,
+                               limit))
             for name, p in policy.parameters.items():
                 if not torch.isfinite(p).all():
                     raise ValueError(f"policy: the optimizer has made {name} NaN or infinite")
     loss, norm = np.mean(found, 0).tolist()
-    return {"loss": loss, "gradient_norm": norm, **metrics.clip_fractions(counts)}
+    return {"loss": loss, "gradient_norm": norm, **metrics.clip_fractions(parts, seen)}
 
 
 def _prompts(count: int, per_step: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
