@@ -97,6 +97,13 @@ CLUSTERS = Of("integers", lambda: rollouts().prompt_index, optional=True)
 LOSS = dict(log_probs=LOG_PROBS, old_log_probs=LOG_PROBS, advantages=Of("floating", lambda: torch.ones(N)),
             mask=Of("mask", MASK))
 CLIPS = dict(clip_low=Of("number", 0.2), clip_high=Of("number", 0.2))
+DUAL, FRACTION = dict(dual_clip=Of("number", 3.0, optional=True)), dict(fraction=Of("number", 0.1))
+SELECTED = Of("mask", None, optional=True)
+DRAWN = FRACTION | dict(covariance_low=Of("any_number", 0.0), covariance_high=Of("any_number", 5.0),
+                        seed=Of("integer", 0))
+RANKED = {name: LOSS[name] for name in ("log_probs", "advantages", "mask")}
+ENTROPIES, THRESHOLD = dict(entropies=LOG_PROBS), dict(threshold=Of("number", 2.5))
+COLLISIONS = dict(collisions=LOG_PROBS, collision_log_probs=LOG_PROBS)
 
 CALLS = {
     dh.score: dict(policy=POLICY, rollouts=ROLLOUTS, parameters=Of("by_name", None, optional=True), batch_size=BATCH),
@@ -119,7 +126,7 @@ CALLS = {
     dh.update_direction: dict(
         policy=POLICY, rollouts=ROLLOUTS, objective=Of("objective", "grpo"), optimizer=Of("optimizer", optimizer),
         old_log_probs=Of("floating", None, optional=True), max_gradient_norm=Of("number", None, optional=True),
-        batch_size=BATCH),
+        batch_size=BATCH, seed=Of("integer", 0), selected=SELECTED),
     dh.entropy_change: dict(policy=POLICY, rollouts=ROLLOUTS, direction=DIRECTION, order=Of("choice", 1),
                             per=Of("choice", "token"), baseline=Of("choice", "entropy"), batch_size=BATCH),
     dh.attribution: dict(policy=POLICY, rollouts=ROLLOUTS, direction=DIRECTION, change=ESTIMATED, batch_size=BATCH),
@@ -150,14 +157,27 @@ CALLS = {
     ESTIMATE.interval: dict(level=Of("number", 0.95)),
     objectives.group_advantages: dict(rewards=X, prompt_index=Of("integers", lambda: rollouts().prompt_index),
                                       scale=Of("boolean", True)),
-    objectives.grpo: LOSS | CLIPS, objectives.dr_grpo: LOSS | CLIPS, objectives.gspo: LOSS | CLIPS,
+    objectives.grpo: LOSS | CLIPS | DUAL, objectives.dr_grpo: LOSS | CLIPS, objectives.dapo: LOSS | CLIPS | DUAL,
+    objectives.cispo: LOSS | CLIPS | dict(clip_low=Of("number", None, optional=True)),
+    objectives.gspo: LOSS | CLIPS, objectives.gspo_token: LOSS | CLIPS,
+    objectives.ce_gppo: LOSS | CLIPS | DUAL | dict(beta_low=Of("number", 0.75), beta_high=Of("number", 1.0)),
+    objectives.clip_cov: LOSS | CLIPS | DRAWN | dict(selected=SELECTED),
+    objectives.clip_cov_tokens: LOSS | CLIPS | DRAWN,
+    objectives.kl_cov: LOSS | FRACTION | dict(kl_coefficient=Of("number", 1.0), selected=SELECTED),
+    objectives.kl_cov_tokens: RANKED | FRACTION, objectives.token_covariances: RANKED,
+    objectives.clip_b: LOSS | CLIPS | ENTROPIES | THRESHOLD,
+    objectives.clip_b_tokens: RANKED | ENTROPIES | THRESHOLD,
+    objectives.clip_v: LOSS | CLIPS | ENTROPIES | COLLISIONS | THRESHOLD | FRACTION,
+    objectives.clip_v_tokens: RANKED | ENTROPIES | COLLISIONS | THRESHOLD | FRACTION,
+    objectives.entropy_bonus: LOSS | CLIPS | ENTROPIES | dict(beta=Of("any_number", 0.005)),
     objectives.sequence_ratio: {name: LOSS[name] for name in ("log_probs", "old_log_probs", "mask")},
     objectives.aggregate: dict(losses=LOG_PROBS, mask=LOSS["mask"], how=Of("choice", "constant"),
                                length=Of("integer", None, optional=True)),
     objectives.find: dict(objective=Of("objective", "grpo")),
     dh.training.policy_gradient_step: dict(
         policy=POLICY, rollouts=ROLLOUTS, old_log_probs=LOG_PROBS, objective=Of("objective", "grpo"),
-        optimizer=Of("optimizer", optimizer), max_gradient_norm=Of("number", None, optional=True)),
+        optimizer=Of("optimizer", optimizer), max_gradient_norm=Of("number", None, optional=True),
+        seed=Of("integer", 0), selected=SELECTED),
     exact.exact_policy: dict(model=Of("policy", lambda: exact.tiny_policy().model)),
     exact.tiny_policy: dict(vocabulary_size=Of("integer", 4), eos_token_id=Of("integer", None, optional=True),
                             context_length=Of("integer", 8), seed=Of("integer", 0), eos_logit=Of("any_number", 0.0)),

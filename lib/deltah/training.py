@@ -251,7 +251,8 @@ def _check_holds(optimizer: Optimizer, policy: Policy) -> None:
 
 @torch.inference_mode(False)
 def policy_gradient_step(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor, objective: str | Objective,
-                         optimizer: Optimizer, max_gradient_norm: float | None = None) -> float:
+                         optimizer: Optimizer, max_gradient_norm: float | None = None, seed: int = 0,
+                         selected: Tensor | None = None) -> float:
     """One optimizer step on the objective's loss over `rollouts`; changes the policy in place.
 
     What stands in the parameters' `.grad` before takes no part in the step. After it, the (clipped) gradient of this
@@ -265,6 +266,8 @@ def policy_gradient_step(policy: Policy, rollouts: Rollouts, old_log_probs: Tens
         objective: a name of `objectives.OBJECTIVES`, such as "gspo", or an `objectives.Objective`.
         optimizer: any torch optimizer that needs no closure.
         max_gradient_norm: > 0, the norm to clip the gradient to; None: leave it.
+        seed, selected: of `Objective.loss`: a seed for objectives that draw, another at each step; tokens that were
+            chosen over more than these rollouts.
 
     Returns:
         The loss before the step.
@@ -298,7 +301,9 @@ def _step(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor, objective: 
         for p in parameters.values():
             p.grad = None
         with torch.enable_grad():
-            loss = objective.loss(score(policy, rollouts).log_probs, old_log_probs, rollouts)
+            scores = score(policy, rollouts, moments=objective.moments)
+            loss = objective.loss(scores.log_probs, old_log_probs, rollouts, scores.entropies, scores.collisions,
+                                  scores.collision_log_probs, seed, selected)
             loss.backward()
         for name, p in parameters.items():
             if p.grad is not None and not torch.isfinite(p.grad).all():
