@@ -81,7 +81,9 @@ def test_two_steps_by_hand():
         losses = []
         for part in (slice(0, 8), slice(8, 16), slice(16, 24)):
             minibatch = rollouts.replace(advantages=advantages).select(part)
-            losses.append(dh.training.policy_gradient_step(by_hand, minibatch, old.log_probs[part], "grpo", optimizer,
+            # Nothing has moved before the first.
+            before = old.log_probs[part] if part.start else dh.score(by_hand, minibatch).log_probs.detach()
+            losses.append(dh.training.policy_gradient_step(by_hand, minibatch, before, "grpo", optimizer,
                                                            max_gradient_norm=0.1))
         row = table.iloc[step]
         assert row["loss"] == pytest.approx(sum(losses) / 3, abs=1e-9) and row["gradient_norm"] > 0.1
@@ -470,6 +472,24 @@ def test_chat_problems_train_too():
 def test_every_objective_trains(objective):
     policy, table = run(objective=objective, steps=2, predict_every=None)
     assert not same(policy, random_policy()) and table["loss"].notna().all()
+
+
+def test_kl_cov_is_the_plain_policy_gradient_as_long_as_nothing_has_moved():
+    def penalised(coefficient, minibatches):
+        losses = functools.partial(objectives.kl_cov, kl_coefficient=coefficient, fraction=0.2)
+        return run(objective=objectives.Objective(losses, "token_mean"), steps=2, predict_every=None,
+                   minibatches=minibatches)[0]
+
+    assert same(penalised(0.0, 1), penalised(5.0, 1))
+    assert not same(penalised(0.0, 2), penalised(5.0, 2))
+
+
+def test_batches_of_a_run_change_nothing_but_rounding():
+    policy, table = whole()
+    other, again = run(batch_size=3)
+    numbers = [name for name in table if name != "measured_by"]
+    pd.testing.assert_frame_equal(table[numbers], again[numbers], rtol=1e-2, atol=1e-4)
+    assert not same(policy, other)
 
 
 class Listening(TrainerCallback):

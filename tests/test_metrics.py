@@ -134,6 +134,28 @@ def test_tokens_that_a_loss_leaves_out_count_on_the_side_of_their_ratio():
     assert list(found.values()) == pytest.approx([1 / 11] * 4)
 
 
+def test_tokens_that_leave_the_mask_count_too():
+    rollouts, log_probs, old = clipping_case()
+    left_out = torch.tensor([[False] * 4, [False, False, True, False], [True] * 4])
+    objective = objectives.Objective(objectives.grpo, "token_mean",
+                                     dropped=lambda log_probs, advantages, mask: left_out)
+    seeing, seen = metrics.watched(objective)
+    assert seeing.loss(log_probs, old, rollouts) == objective.loss(log_probs, old, rollouts)
+    # Row 1's third token has r = 0.7, which PPO clips anyway; its second, r = 0.5, is clipped alone.
+    assert metrics.clip_fractions([rollouts], seen)["clipped_negative_below"] == pytest.approx(2 / 11)
+    inside, seen = metrics.watched(objective)
+    inside.loss((old + 0.1).requires_grad_(), old, rollouts)
+    assert metrics.clip_fractions([rollouts], seen)["clipped_negative_above"] == pytest.approx(1 / 11)
+
+
+def test_a_watched_objective_is_given_what_it_asks_for():
+    for name, objective in objectives.OBJECTIVES.items():
+        seeing, _ = metrics.watched(objective)
+        assert seeing.needs == objective.needs and seeing.moments == objective.moments, name
+    drawn = objectives.Objective(functools.partial(objectives.clip_cov, seed=3), "token_mean")
+    assert metrics.watched(drawn)[0].needs == drawn.needs == ("selected",)
+
+
 @pytest.fixture(scope="module")
 def moved():
     """An enumerable policy that has moved, and exactly: the change of its entropy per token, and its first order."""

@@ -23,8 +23,8 @@ from deltah.policies import Policy
 from deltah.rewards import Reward, find_reward
 from deltah.rollouts import Rollouts, checked_temperature
 from deltah.sampling import sample
-from deltah.scoring import score
-from deltah.updates import check_old
+from deltah.scoring import batches, score, weighted_gradient
+from deltah.updates import check_old, loss_and_weights
 
 
 @torch.inference_mode(False)
@@ -62,8 +62,7 @@ def train(policy: Policy, problems: Dataset, objective: str | Objective = "grpo"
         minibatches: optimizer steps that a batch is cut for.
         optimizer: any torch optimizer that holds the policy's parameters, with its state; None: torch's AdamW.
         learning_rate: > 0, of that AdamW.
-        max_new_tokens, temperature, reward, chat, batch_size: as for `sample`, the latter for scoring too. Optimizer
-            steps take a minibatch in one piece.
+        max_new_tokens, temperature, reward, chat: as for `sample`.
         max_gradient_norm: > 0, the norm to clip gradients to; None: they are left.
         checkpoint: a file to write, and to take up where it is there; None: nothing is kept.
         checkpoint_every: steps between writing it; it is written at the end too.
@@ -75,7 +74,8 @@ def train(policy: Policy, problems: Dataset, objective: str | Objective = "grpo"
             others measure. At least 5.
         report_to: names of transformers' reporters, such as "tensorboard" or "wandb", or callbacks of its Trainer, that
             get the records; needs the package accelerate.
-        seed: of the prompts' order and the responses.
+        seed: of the prompts' order, of the responses, and of what objectives draw.
+        batch_size: rollouts at a time, wherever the model runs; None: as many as suit the device.
 
     Returns:
         A row for each record. `step` counts the steps taken before, and what follows is of the policy as it was then,
@@ -169,7 +169,7 @@ def train(policy: Policy, problems: Dataset, objective: str | Objective = "grpo"
                         unseen = problems.select(others[:2 * predict_prompts]).select_columns("prompt")
                         elsewhere = sample(policy, unseen, 1, seed=_seed(seed, step, 2), **sampling)
                     record |= _minibatch_steps(policy, batch, scores.log_probs, objective, optimizer, minibatches,
-                                               limit)
+                                               limit, seed, step, batch_size)
                     if predicted:
                         record |= metrics.of_step(policy, before, elsewhere, max_new_tokens, _seed(seed, step, 3),
                                                   batch_size)
@@ -183,16 +183,19 @@ def train(policy: Policy, problems: Dataset, objective: str | Objective = "grpo"
 
 
 def _minibatch_steps(policy: Policy, batch: Rollouts, old_log_probs: Tensor, objective: Objective,
-                     optimizer: Optimizer, minibatches: int, limit: float | None) -> dict[str, float]:
+                     optimizer: Optimizer, minibatches: int, limit: float | None, seed: int, step: int,
+                     batch_size: int | None) -> dict[str, float]:
     """An optimizer step on each minibatch; their mean loss and gradient norm, and what was clipped."""
     objective, seen = metrics.watched(objective)
     # Rollouts of a prompt are adjacent, and prompts have equally many.
     rows = torch.arange(len(batch)).chunk(minibatches)
     parts, found = [batch.select(chosen) for chosen in rows], []
     for i, part in enumerate(parts):
+        # The first is still the sampling policy's own: r is 1, where rounding would leave the sign of log r to chance.
+        old = old_log_probs[rows[i].to(old_log_probs.device)] if i else None
         with _noted(f"in minibatch {i}"):
-            found.append(_step(policy, part, old_log_probs[rows[i].to(old_log_probs.device)], objective, optimizer,
-                               limit))
+            found.append(_step(policy, part, old, objective, optimizer, limit, _seed(seed, step, 4 + i), None,
+                               batch_size))
             for name, p in policy.parameters.items():
                 if not torch.isfinite(p).all():
                     raise ValueError(f"policy: the optimizer has made {name} NaN or infinite")
@@ -252,7 +255,7 @@ def _check_holds(optimizer: Optimizer, policy: Policy) -> None:
 @torch.inference_mode(False)
 def policy_gradient_step(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor, objective: str | Objective,
                          optimizer: Optimizer, max_gradient_norm: float | None = None, seed: int = 0,
-                         selected: Tensor | None = None) -> float:
+                         selected: Tensor | None = None, batch_size: int | None = None) -> float:
     """One optimizer step on the objective's loss over `rollouts`; changes the policy in place.
 
     What stands in the parameters' `.grad` before takes no part in the step. After it, the (clipped) gradient of this
@@ -268,6 +271,8 @@ def policy_gradient_step(policy: Policy, rollouts: Rollouts, old_log_probs: Tens
         max_gradient_norm: > 0, the norm to clip the gradient to; None: leave it.
         seed, selected: of `Objective.loss`: a seed for objectives that draw, another at each step; tokens that were
             chosen over more than these rollouts.
+        batch_size: rollouts at a time; None: as many as suit the device. Where that is not all of them, the loss is
+            taken first, without a graph, and then the gradient of one batch after the other.
 
     Returns:
         The loss before the step.
@@ -288,23 +293,33 @@ def policy_gradient_step(policy: Policy, rollouts: Rollouts, old_log_probs: Tens
     objective = find(objective)
     check_old(old_log_probs, rollouts)
     _check_holds(optimizer, policy)
-    return _step(policy, rollouts, old_log_probs, objective, optimizer, limit)[0]
+    batch_size = None if batch_size is None else checks.integer("batch_size", batch_size, minimum=1)
+    return _step(policy, rollouts, old_log_probs, objective, optimizer, limit, seed, selected, batch_size)[0]
 
 
-def _step(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor, objective: Objective, optimizer: Optimizer,
-          limit: float | None) -> tuple[float, float]:
-    """The loss before the step, and the gradient's norm before it is clipped."""
-    parameters = policy.parameters
+def _step(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor | None, objective: Objective,
+          optimizer: Optimizer, limit: float | None, seed: int, selected: Tensor | None, batch_size: int | None
+          ) -> tuple[float, float]:
+    """The loss before the step, and the gradient's norm before it is clipped; old log-probs None: the policy's own."""
+    parameters, rollouts = policy.parameters, rollouts.to(policy.device)
     before = {name: p.grad for name, p in parameters.items()}
+    rows = batches(policy, rollouts, batch_size)
     try:
         # Of parameters that the optimizer does not hold too: their gradients count towards the norm.
         for p in parameters.values():
             p.grad = None
-        with torch.enable_grad():
-            scores = score(policy, rollouts, moments=objective.moments)
-            loss = objective.loss(scores.log_probs, old_log_probs, rollouts, scores.entropies, scores.collisions,
-                                  scores.collision_log_probs, seed, selected)
-            loss.backward()
+        if len(rows) > 1:
+            # The parameters have a say in the loss by way of log-probs and entropies alone: one graph at a time.
+            loss, *weights = loss_and_weights(policy, rollouts, objective, old_log_probs, batch_size, seed, selected)
+            for name, g in weighted_gradient(policy, rollouts, rows, list(parameters), *weights).items():
+                parameters[name].grad = None if g is None else g.neg_().to(parameters[name].dtype)
+        else:
+            with torch.enable_grad():
+                scores = score(policy, rollouts, batch_size=len(rollouts), moments=objective.moments)
+                old = scores.log_probs.detach() if old_log_probs is None else old_log_probs
+                loss = objective.loss(scores.log_probs, old, rollouts, scores.entropies, scores.collisions,
+                                      scores.collision_log_probs, seed, selected)
+                loss.backward()
         for name, p in parameters.items():
             if p.grad is not None and not torch.isfinite(p.grad).all():
                 raise ValueError(f"policy, rollouts: the gradient of {name} is NaN or infinite")
