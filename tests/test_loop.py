@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -68,25 +69,27 @@ def stop_in(step, monkeypatch):
     monkeypatch.setattr(training, "_step", failing)
 
 
-def test_two_steps_by_hand():
+@pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "clip_cov"])
+def test_two_steps_by_hand(objective):
     policy, by_hand = random_policy(), random_policy()
-    _, table = run(policy, steps=2, seed=3, max_gradient_norm=0.1)
+    _, table = run(policy, steps=2, seed=3, max_gradient_norm=0.05, objective=objective)
     optimizer = torch.optim.AdamW(by_hand.parameters.values(), lr=3e-3)
     for step in range(2):
         chosen, _ = training._prompts(40, 6, 3, step)
         rollouts = dh.sample(by_hand, PROBLEMS.select(chosen), 4, 7, seed=training._seed(3, step, 1), reward=digits)
         with torch.no_grad():
             old = dh.score(by_hand, rollouts)
-        advantages = objectives.group_advantages(rollouts.rewards, rollouts.prompt_index)
+        advantages = objectives.group_advantages(rollouts.rewards, rollouts.prompt_index,
+                                                 scale=objective != "dr_grpo")
         losses = []
-        for part in (slice(0, 8), slice(8, 16), slice(16, 24)):
+        for i, part in enumerate((slice(0, 8), slice(8, 16), slice(16, 24))):
             minibatch = rollouts.replace(advantages=advantages).select(part)
             # Nothing has moved before the first.
             before = old.log_probs[part] if part.start else dh.score(by_hand, minibatch).log_probs.detach()
-            losses.append(dh.training.policy_gradient_step(by_hand, minibatch, before, "grpo", optimizer,
-                                                           max_gradient_norm=0.1))
+            losses.append(dh.training.policy_gradient_step(by_hand, minibatch, before, objective, optimizer,
+                                                           0.1, seed=training._seed(3, step, 4 + i)))
         row = table.iloc[step]
-        assert row["loss"] == pytest.approx(sum(losses) / 3, abs=1e-9) and row["gradient_norm"] > 0.1
+        assert row["loss"] == pytest.approx(sum(losses) / 3, abs=1e-9) and row["gradient_norm"] > 0.05
         assert row["reward"] == pytest.approx(rollouts.rewards.mean().item(), rel=1e-6)
         assert row["entropy"] == dh.entropy(old, rollouts, per="token").value
     assert same(policy, by_hand)
@@ -102,6 +105,24 @@ def test_every_problem_comes_once_before_any_comes_twice():
         assert len({i for chosen in epoch for i in chosen}) == 36
     assert seen[:6] != seen[6:]
     assert training._prompts(40, 6, 1, 0)[0].tolist() != seen[0]
+
+
+def test_every_purpose_of_every_step_has_a_seed_of_its_own():
+    assert len({training._seed(*key) for key in itertools.product(range(3), range(20), range(6))}) == 3 * 20 * 6
+
+
+def test_predictions_stand_on_prompts_that_the_step_left_out(monkeypatch):
+    calls, own = [], training.sample
+
+    def sample(policy, prompts, responses, **settings):
+        calls.append((set(prompts["prompt"]), len(prompts), responses, settings["seed"]))
+        return own(policy, prompts, responses, **settings)
+
+    monkeypatch.setattr(training, "sample", sample)
+    run(steps=3)
+    assert [call[1:3] for call in calls] == [(6, 4), (12, 1), (6, 4), (6, 4), (12, 1)]
+    assert not calls[0][0] & calls[1][0] and not calls[3][0] & calls[4][0] and calls[1][0] != calls[4][0]
+    assert len({call[3] for call in calls}) == 5
 
 
 def test_it_learns():
@@ -140,6 +161,7 @@ def test_the_table_says_what_was_recorded():
     _, table = whole()
     predicted = ["predicted", "predicted_direct", "measured"]
     assert table[predicted].notna().all(axis=1).tolist() == [True, False, True, False, True]
+    assert (table[predicted].dropna() != 0).all(axis=None)
     assert set(table["measured_by"].dropna()) <= {"importance", "coupled"}
     errors = [name for name in table if name.endswith("_error")]
     assert len(errors) == 9 and (table[errors].fillna(1) >= 0).all(axis=None)
