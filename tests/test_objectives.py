@@ -94,6 +94,27 @@ def test_the_objective_of_a_name_is_the_function_of_that_name(name):
     torch.testing.assert_close(found, objectives.aggregate(losses, mask, AGGREGATED.get(name, "token_mean")))
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_keep_the_precision_they_are_given(name):
+    log_probs, old, advantages, mask = batch()
+    function, log_probs = getattr(objectives, name), log_probs.detach()
+    exact = function(log_probs, old, advantages, mask, **extras(name, torch.float64))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = function(log_probs.to(dtype), old.to(dtype), advantages.to(dtype), mask, **extras(name, dtype))
+        assert found.dtype == dtype
+        # A token at a clip's edge is on one side or the other in bfloat16.
+        if dtype == torch.float32:
+            torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    whole = function(log_probs, old, (5 * advantages).long(), mask, **extras(name, torch.float64))
+    torch.testing.assert_close(whole, function(log_probs, old, (5 * advantages).trunc(), mask,
+                                               **extras(name, torch.float64)))
+
+
+def extras(name, dtype):
+    asked = inspect.signature(getattr(objectives, name)).parameters
+    return {key: x.to(dtype) for key, x in MOMENTS.items() if key in asked}
+
+
 def test_padding_may_hold_anything():
     log_probs, old, advantages, mask = batch()
     for objective in LOSSES.values():

@@ -46,7 +46,9 @@ def covariances(b):
 
 def test_token_covariances_average_to_the_covariance():
     b = batch()
-    found = objectives.token_covariances(**of(b, *RANKED))
+    found = objectives.token_covariances(**of(b, *RANKED) | {"log_probs": b["log_probs"].requires_grad_()})
+    b["log_probs"] = b["log_probs"].detach()
+    assert not found.requires_grad
     assert found[b["mask"]].numpy() == pytest.approx(covariances(b), rel=1e-12) and not found[~b["mask"]].any()
     a, lp = (b[name][b["mask"]].numpy() for name in ("advantages", "log_probs"))
     assert float(found[b["mask"]].mean()) == pytest.approx(np.cov(a, lp, bias=True)[0, 1])
@@ -297,6 +299,18 @@ def test_of_equal_scores_the_first_counts():
     log_probs = torch.tensor([[-1.0, -2.0, -1.0], [-2.0, -1.0, -2.0]])
     found = objectives.kl_cov_tokens(log_probs, log_probs, mask, fraction=0.5)
     assert found.tolist() == [[True, True, True], [False, False, False]]
+
+
+@pytest.mark.parametrize("threshold, dropped", [(1.4, True), (1.42, False)])
+def test_deviations_are_the_population_s(threshold, dropped):
+    """S and D of −2, 1 and 1 have a deviation of √2; the sample's would be √3."""
+    values, A = torch.tensor([[-2.0, 1.0, 1.0]], dtype=torch.float64), torch.tensor([-1.0])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    log_probs = torch.full_like(values, 0.5).log()
+    entropies, zero = 2 * values - log_probs, torch.zeros_like(values)
+    for found in (objectives.clip_b_tokens(log_probs, A, mask, entropies, threshold),
+                  objectives.clip_v_tokens(log_probs, A, mask, entropies, zero, zero, threshold)):
+        assert found.tolist() == [[dropped, False, False]]
 
 
 def test_deviations_that_are_rounding_drop_nothing():

@@ -30,7 +30,8 @@ def rollouts():
 
 @functools.cache
 def scores():
-    return dh.TokenScores(*(x.detach() for x in dh.score(policy(), rollouts())))
+    with torch.no_grad():
+        return dh.score(policy(), rollouts(), moments=True)
 
 
 @functools.cache
@@ -94,7 +95,7 @@ class Of:
 
 POLICY, ROLLOUTS, SCORES = Of("policy", policy), Of("rollouts", rollouts), Of("scores", scores)
 DIRECTION, ESTIMATED = Of("direction", direction), Of("estimate", change)
-BATCH = Of("integer", 2, optional=True)
+BATCH, MOMENTS = Of("integer", 2, optional=True), Of("boolean", True)
 X, LOG_PROBS = Of("floating", lambda: torch.randn(N)), Of("floating", lambda: scores().log_probs)
 CLUSTERS = Of("integers", lambda: rollouts().prompt_index, optional=True)
 LOSS = dict(log_probs=LOG_PROBS, old_log_probs=LOG_PROBS, advantages=Of("floating", lambda: torch.ones(N)),
@@ -109,14 +110,16 @@ ENTROPIES, THRESHOLD = dict(entropies=LOG_PROBS), dict(threshold=Of("number", 2.
 COLLISIONS = dict(collisions=LOG_PROBS, collision_log_probs=LOG_PROBS)
 
 CALLS = {
-    dh.score: dict(policy=POLICY, rollouts=ROLLOUTS, parameters=Of("by_name", None, optional=True), batch_size=BATCH),
+    dh.score: dict(policy=POLICY, rollouts=ROLLOUTS, parameters=Of("by_name", None, optional=True), batch_size=BATCH,
+                   moments=MOMENTS),
     dh.log_probs_and_entropies: dict(logits=Of("any_shape", lambda: torch.randn(N, V)),
-                                     targets=Of("integers", lambda: torch.zeros(N, dtype=torch.long))),
+                                     targets=Of("integers", lambda: torch.zeros(N, dtype=torch.long)),
+                                     moments=MOMENTS),
     dh.linear_log_probs_and_entropies: dict(
         hidden=Of("any_shape", lambda: torch.randn(N, 2)), weight=Of("floating", lambda: torch.randn(V, 2)),
         targets=Of("integers", lambda: torch.zeros(N, dtype=torch.long)), temperature=Of("number", 1.0),
         bias=Of("floating", None, optional=True), scale=Of("any_number", 1.0),
-        soft_cap=Of("number", None, optional=True)),
+        soft_cap=Of("number", None, optional=True), moments=MOMENTS),
     dh.entropy: dict(scores=SCORES, rollouts=ROLLOUTS, method=Of("choice", "monte_carlo"), per=Of("choice", "token")),
     dh.control_variate: dict(target=X, variates=Of("floating", lambda: torch.randn(N, 1)),
                              clusters=Of("integers", lambda: torch.arange(N)),
@@ -176,6 +179,8 @@ CALLS = {
     objectives.sequence_ratio: {name: LOSS[name] for name in ("log_probs", "old_log_probs", "mask")},
     objectives.aggregate: dict(losses=LOG_PROBS, mask=LOSS["mask"], how=Of("choice", "constant"),
                                length=Of("integer", None, optional=True)),
+    **{function: dict(scores=SCORES) | {name: LOSS[name] for name in ("old_log_probs", "advantages", "mask")}
+       for function in objectives.token_scores.SCORES.values()},
     objectives.find: dict(objective=Of("objective", "grpo")),
     dh.training.policy_gradient_step: dict(
         policy=POLICY, rollouts=ROLLOUTS, old_log_probs=LOG_PROBS, objective=Of("objective", "grpo"),
@@ -272,7 +277,7 @@ def test_each_wrong_argument_of_train_is_named(shipped, problems, name, tmp_path
 
 def public_functions():
     found = [getattr(dh, name) for name in dh.__all__]
-    for room in (objectives, exact, dh.statistics, dh.training):
+    for room in (objectives, objectives.token_scores, exact, dh.statistics, dh.training):
         found += [f for name, f in vars(room).items() if not name.startswith("_")
                   and getattr(f, "__module__", "").startswith(room.__name__)]
     return {f for f in found if inspect.isfunction(f)}

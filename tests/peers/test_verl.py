@@ -83,6 +83,13 @@ def test_gspo_is_gspo_token(how):
           theirs("gspo", log_probs, old, advantages, mask, how, **clips))
 
 
+def test_what_verl_s_configuration_says_is_not_gspo_s_paper():
+    """Its workers hand the configuration's average on, whatever the loss's own default is."""
+    config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    assert (config.clip_ratio_low, config.clip_ratio_high, config.loss_agg_mode) == (0.2, 0.2, "token-mean")
+    assert objectives.find("gspo").aggregation == HOW["seq-mean-token-mean"]
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("clip", [0.2, 1.0])
 def test_clip_cov(seed, clip):

@@ -105,8 +105,8 @@ def gspo(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Ten
         log_probs, old_log_probs: [N, T] in nats.
         advantages: [N], one for each sequence.
         mask: [N, T] bool.
-        clip_low, clip_high: ε_low and ε_high on s; the defaults are the paper's. TRL's `importance_sampling_level=
-            "sequence"` keeps 0.2 and its token mean unless told otherwise; verl takes the mean over sequences.
+        clip_low, clip_high: ε_low and ε_high on s; the defaults are the paper's. Unless told otherwise, TRL's
+            `importance_sampling_level="sequence"` and verl's "gspo" keep 0.2 and a mean over tokens.
 
     Returns:
         [N, T] losses, the same −min(s A, clip(s) A) at every token of a sequence, so that "sequence_mean"

@@ -76,7 +76,8 @@ class Objective:
         scale: whether `group_advantages` divides by the group's standard deviation.
         length: the constant of `aggregate`, ≥ 1; None: the width of the batch.
         dropped: which tokens leave the mask, for losses and aggregation alike: `clip_b_tokens`, or another function
-            of (log_probs, advantages, mask), and of extras by name, to [N, T] bool. None: none do.
+            of (log_probs, advantages, mask), and of extras by name, to [N, T] bool. None: none do. A mean over
+            sequences asks that each keeps a token.
 
     Raises:
         TypeError, ValueError: a field of another kind, or out of its range.
