@@ -41,8 +41,9 @@ def train(policy: Policy, problems: Dataset, objective: str | Objective = "grpo"
     A step draws prompts that it has not drawn since the last time through the data, samples responses, makes advantages
     over each prompt's whole group, and then takes one optimizer step on each minibatch in turn. Log-probs of the policy
     that sampled are computed once, for the whole batch. Minibatches hold whole prompts, in the order in which they were
-    drawn, as verl's do: advantages sum to zero in each, which keeps noise out of its gradient, and no minibatch is made
-    of prompts that an earlier one has moved the policy on. TRL shuffles the rollouts instead.
+    drawn: advantages sum to zero in each, which keeps noise out of its gradient, and no minibatch is made of prompts
+    that an earlier one has moved the policy on. TRL shuffles the rollouts instead, and verl cuts them in the order in
+    which balancing their lengths over devices has left them.
 
     What a step draws follows from `seed` and its number alone. A run that was stopped, by whatever means, and is called
     again with the same arguments and the policy that it began with, takes up its checkpoint and ends with the same
@@ -67,9 +68,9 @@ def train(policy: Policy, problems: Dataset, objective: str | Objective = "grpo"
         checkpoint: a file to write, and to take up where it is there; None: nothing is kept.
         checkpoint_every: steps between writing it; it is written at the end too.
         log: a file of JSON lines, one for each record, written anew; None: beside the checkpoint.
-        log_every: steps between records.
+        log_every: steps between records, each of which takes two forward passes over the batch, for `kl`.
         predict_every: steps between predictions and measurements of what a step does to the entropy, which cost about
-            as much as a step; None: there are none.
+            half as much as a step; None: there are none.
         predict_prompts: prompts, of those that the step leaves out, with one response each, that predict; as many
             others measure. At least 5.
         report_to: names of transformers' reporters, such as "tensorboard" or "wandb", or callbacks of its Trainer, that
