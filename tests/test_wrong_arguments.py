@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 import deltah as dh
-from deltah import exact, objectives
+from deltah import exact, metrics, objectives
 
 N, T, V = 12, 3, 4
 MASK = torch.ones(N, T, dtype=torch.bool)
@@ -75,6 +76,8 @@ WRONG = {
     "texts": ["abc", 1.5, 3, ESTIMATE, [1, 2], [None]],
     "function": ["abc", [1], {}, 1.5, ESTIMATE, 3],
     "estimate": ["abc", [1], {}, 1.5, 3, torch.ones(2), object()],
+    "problems": [*ANYTHING, ["2+2="], Dataset.from_dict({"question": ["2+2="]})],
+    "reporters": ["abc", 1.5, {"a": 1}, ESTIMATE, [1], [None]],
     "rates": ["abc", {}, ESTIMATE, ["a"], [], [NAN], [-1.0]],
 }
 
@@ -182,7 +185,9 @@ CALLS = {
     dh.training.policy_gradient_step: dict(
         policy=POLICY, rollouts=ROLLOUTS, old_log_probs=LOG_PROBS, objective=Of("objective", "grpo"),
         optimizer=Of("optimizer", optimizer), max_gradient_norm=Of("number", None, optional=True),
-        seed=Of("integer", 0), selected=SELECTED),
+        seed=Of("integer", 0), selected=SELECTED, batch_size=BATCH),
+    metrics.pass_at_k: dict(rewards=X, prompt_index=Of("integers", lambda: rollouts().prompt_index),
+                            k=Of("integer", 1)),
     exact.exact_policy: dict(model=Of("policy", lambda: exact.tiny_policy().model)),
     exact.tiny_policy: dict(vocabulary_size=Of("integer", 4), eos_token_id=Of("integer", None, optional=True),
                             context_length=Of("integer", 8), seed=Of("integer", 0), eos_logit=Of("any_number", 0.0)),
@@ -248,6 +253,28 @@ def test_each_wrong_argument_of_sample_is_named(shipped, name):
         assert str(caught.value).startswith(name), f"{wrong!r}: {caught.value!r}"
 
 
+TRAINING = {
+    "policy": POLICY, "problems": Of("problems", None), "objective": Of("objective", "grpo"),
+    "optimizer": Of("optimizer", None, optional=True), "learning_rate": Of("number", 1e-4),
+    "temperature": Of("number", 1.0), "max_gradient_norm": Of("number", None, optional=True),
+    "reward": Of("objective", None, optional=True), "chat": Of("boolean", None, optional=True),
+    "checkpoint": Of("path", None, optional=True), "log": Of("path", None, optional=True),
+    "predict_every": Of("integer", None, optional=True), "report_to": Of("reporters", None, optional=True),
+    "batch_size": BATCH}
+
+
+@pytest.mark.parametrize("name", inspect.signature(dh.training.train).parameters)
+def test_each_wrong_argument_of_train_is_named(shipped, problems, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for wrong in TRAINING.get(name, Of("integer", 1)).wrong:
+        given = {"policy": shipped, "problems": problems.select(range(20)), "prompts_per_step": 2, "predict_prompts": 5,
+                 "checkpoint": "run"} | {name: wrong}
+        with pytest.raises((TypeError, ValueError)) as caught:
+            dh.training.train(**given)
+        assert str(caught.value).startswith(name), f"{wrong!r}: {caught.value!r}"
+    assert list(tmp_path.iterdir()) == []
+
+
 def public_functions():
     found = [getattr(dh, name) for name in dh.__all__]
     for room in (objectives, objectives.token_scores, exact, dh.statistics, dh.training):
@@ -257,7 +284,7 @@ def public_functions():
 
 
 def test_no_public_function_and_no_argument_is_left_out():
-    assert public_functions() - {dh.sample} <= set(CALLS)
+    assert public_functions() - {dh.sample, dh.training.train} <= set(CALLS)
     for function, arguments in CALLS.items():
         expected = [name for name in inspect.signature(function).parameters]
         assert set(arguments) == set(expected), function.__qualname__

@@ -165,7 +165,8 @@ def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Object
     limit = None if max_gradient_norm is None else checks.number("max_gradient_norm", max_gradient_norm, above=0)
     batch_size = None if batch_size is None else checks.integer("batch_size", batch_size, minimum=1)
     made_at, rollouts = state_of(policy), rollouts.to(policy.device)
-    weights, entropy_weights = _weights(policy, rollouts, objective, old_log_probs, batch_size, seed, selected)
+    _, weights, entropy_weights = loss_and_weights(policy, rollouts, objective, old_log_probs, batch_size, seed,
+                                                   selected)
     # The norm that clips is that of all trainable parameters, whether the optimizer holds them or not.
     names = list(groups if limit is None else policy.parameters)
     gradient = weighted_gradient(policy, rollouts, batches(policy, rollouts, batch_size), names, weights,
@@ -266,9 +267,9 @@ def _relative(rate: float, base: float) -> float:
     return rate / base
 
 
-def _weights(policy: Policy, rollouts: Rollouts, objective: Objective, old_log_probs: Tensor | None,
-             batch_size: int | None, seed: int, selected: Tensor | None) -> tuple[Tensor, Tensor]:
-    """−∂loss/∂log π and −∂loss/∂H of every token, [N, T]."""
+def loss_and_weights(policy: Policy, rollouts: Rollouts, objective: Objective, old_log_probs: Tensor | None,
+                     batch_size: int | None, seed: int, selected: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and −∂loss/∂log π and −∂loss/∂H of every token, [N, T]."""
     if old_log_probs is not None:
         check_old(old_log_probs, rollouts)
     with torch.no_grad():
@@ -279,7 +280,7 @@ def _weights(policy: Policy, rollouts: Rollouts, objective: Objective, old_log_p
         loss = objective.loss(leaves[0], old, rollouts, leaves[1], scores.collisions, scores.collision_log_probs, seed,
                               selected)
         slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    return tuple(torch.where(rollouts.response_mask, -slope, 0.0) for slope in slopes)
+    return loss.detach(), *(torch.where(rollouts.response_mask, -slope, 0.0) for slope in slopes)
 
 
 def check_old(old_log_probs: Tensor, rollouts: Rollouts) -> None:
