@@ -1,6 +1,6 @@
 # `make run` and `make test` are all that a newcomer needs; each sets up .venv when it is missing.
 .DEFAULT_GOAL := help
-.PHONY: help run test test-machines setup lab sync bench policy lint lock clean
+.PHONY: help run test test-machines test-peers setup lab sync bench policy lint lock clean
 
 # Values from the command line are handed on through the environment as they were typed: make expands nothing in them,
 # and the shell sees them as quoted variables, never as text of a command.
@@ -15,7 +15,7 @@ CHECK_PYTHON = "$$SYSTEM_PYTHON" -c 'import sys; sys.exit("deltah needs Python 3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
-# Benchmarks run beside other libraries, which stay out of the environment that everything else uses.
+# Benchmarks and the tests of peers run beside other libraries, which stay out of the environment that all else uses.
 BENCH_VENV := .venv-bench
 BENCH_PYTHON := $(BENCH_VENV)/bin/python
 BENCH_READY := $(BENCH_VENV)/.ready
@@ -31,6 +31,7 @@ help:
 	@echo "make run      execute every chapter into results/PROFILE/; CHAPTER=01 PROFILE=full MODEL=... PROBLEMS=... DEVICE=cuda"
 	@echo "make test     unit tests, and every notebook's stored outputs"
 	@echo "make test-machines  the tests that print numbers, as on other processors (an hour)"
+	@echo "make test-peers  losses against those of TRL and verl, in an environment of its own"
 	@echo "make setup    only set up .venv"
 	@echo "make lab      open the chapters in JupyterLab"
 	@echo "make sync     pair scripts and notebooks; store the outputs of those that changed, or of CHAPTER=01"
@@ -49,6 +50,10 @@ test: $(READY)
 
 test-machines: $(READY)
 	@$(QUIET) $(THREADS) $(PYTHON) tests/machines.py $(PYTEST)
+
+# No conftest.py but that folder's: the others' need what this environment does not have.
+test-peers: $(BENCH_READY)
+	$(QUIET) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BENCH_PYTHON) -m pytest --confcutdir=tests/peers tests/peers
 
 setup: $(READY)
 
@@ -72,10 +77,11 @@ bench: $(BENCH_READY)
 	@set -f; $(filter-out TQDM_DISABLE=1,$(QUIET)) $(BENCH_PYTHON) benchmarks/compare.py $${ONLY:+--only $$ONLY} \
 		$${MODEL:+--model="$$MODEL"} $${DEVICE:+--device="$$DEVICE"} $${ROUNDS:+--rounds="$$ROUNDS"}
 
-# --no-deps: the list is complete, and some of its packages ask for a torchvision that they use in examples only.
+# --no-deps: the list is complete, and some of its packages ask for a torchvision that they use in examples only, or for
+# an older torch or transformers than they run with.
 $(BENCH_READY): pyproject.toml constraints.txt benchmarks/requirements.txt
 	@$(CHECK_PYTHON)
-	@echo "Setting up $(BENCH_VENV), with what deltah is measured against; this takes a few minutes, once."
+	@echo "Setting up $(BENCH_VENV), with what deltah is measured and tested against; this takes a few minutes, once."
 	@"$$SYSTEM_PYTHON" -m venv $(BENCH_VENV)
 	@$(BENCH_PYTHON) -m pip install --quiet --constraint constraints.txt setuptools
 	@$(BENCH_PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable .

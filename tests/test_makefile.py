@@ -88,3 +88,8 @@ def test_two_workers_share_the_cores_unless_the_caller_says_otherwise(make):
     assert arguments[arguments.index("--numprocesses") + 1] == "2" and "loadfile" in arguments
     assert environment["OMP_NUM_THREADS"] == str(max(1, os.cpu_count() // 2))
     assert make("test", OMP_NUM_THREADS="3")[1]["OMP_NUM_THREADS"] == "3"
+
+
+def test_peers_are_tested_in_the_environment_that_has_them(make):
+    assert make("test-peers")[0] == ["-m", "pytest", "--confcutdir=tests/peers", "tests/peers"]
+    assert (ROOT / ".ci" / "run").read_text().split("\n")[-3:-1] == ["make test", "make test-peers"]

@@ -1,3 +1,5 @@
+import functools
+import inspect
 import math
 
 import numpy as np
@@ -41,9 +43,81 @@ def test_gspo_sequence_by_sequence_and_its_gradient():
         assert gradient[i].tolist() == pytest.approx([weight] * length + [0.0] * (5 - length), abs=1e-12)
 
 
+MOMENTS = {name: torch.ones(6, 5, dtype=torch.float64) for name in ("entropies", "collisions", "collision_log_probs")}
+# Every loss, with what it needs beyond the four common arguments.
+LOSSES = {
+    name: functools.partial(function, **{k: MOMENTS[k] for k in inspect.signature(function).parameters if k in MOMENTS})
+    for name, function in vars(objectives).items()
+    if inspect.isfunction(function) and not name.endswith("_tokens")
+    and list(inspect.signature(function).parameters)[:4] == ["log_probs", "old_log_probs", "advantages", "mask"]}
+
+
+def test_every_loss_of_the_interface_is_there():
+    names = {"grpo", "dr_grpo", "dapo", "cispo", "gspo", "gspo_token", "ce_gppo", "clip_cov", "kl_cov", "clip_b",
+             "clip_v", "entropy_bonus"}
+    assert set(LOSSES) == names == set(objectives.OBJECTIVES)
+
+
+# Published defaults, as FORMULAS lists them.
+DEFAULTS = {
+    "grpo": dict(clip_low=0.2, clip_high=0.2), "dr_grpo": dict(clip_low=0.2, clip_high=0.2),
+    "dapo": dict(clip_low=0.2, clip_high=0.28), "gspo": dict(clip_low=3e-4, clip_high=4e-4),
+    "gspo_token": dict(clip_low=3e-4, clip_high=4e-4),
+    "ce_gppo": dict(clip_low=0.2, clip_high=0.28, beta_low=0.75, beta_high=1.0, dual_clip=3.0),
+    "clip_cov": dict(fraction=2e-4, covariance_low=1.0, covariance_high=5.0),
+    "kl_cov": dict(fraction=2e-3, kl_coefficient=1.0), "clip_b": dict(threshold=2.5),
+    "clip_v": dict(threshold=8.5, fraction=1e-4),
+}
+AGGREGATED = {"grpo": "sequence_mean", "gspo": "sequence_mean", "gspo_token": "sequence_mean", "dr_grpo": "constant"}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_defaults_and_aggregation_are_the_published_ones(name):
+    parameters = inspect.signature(getattr(objectives, name)).parameters
+    assert all(parameters[k].default == x for k, x in DEFAULTS.get(name, {}).items())
+    objective = objectives.find(name)
+    assert objective.aggregation == AGGREGATED.get(name, "token_mean")
+    assert objective.scale == (name != "dr_grpo") and objective.length is None
+    if objective.dropped is not None:
+        # The selection's own defaults are those of the loss.
+        own = inspect.signature(objective.dropped).parameters
+        assert all(own[k].default == x for k, x in DEFAULTS[name].items())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_objective_of_a_name_is_the_function_of_that_name(name):
+    log_probs, old, advantages, mask = batch()
+    rollouts = dh.Rollouts(torch.zeros(6, 6).long(), torch.cat([torch.ones(6, 1).bool(), mask], 1), mask,
+                           torch.arange(6), advantages=advantages)
+    found = objectives.find(name).loss(log_probs, old, rollouts, **MOMENTS)
+    losses = LOSSES[name](log_probs, old, advantages, mask)
+    torch.testing.assert_close(found, objectives.aggregate(losses, mask, AGGREGATED.get(name, "token_mean")))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_keep_the_precision_they_are_given(name):
+    log_probs, old, advantages, mask = batch()
+    function, log_probs = getattr(objectives, name), log_probs.detach()
+    exact = function(log_probs, old, advantages, mask, **extras(name, torch.float64))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = function(log_probs.to(dtype), old.to(dtype), advantages.to(dtype), mask, **extras(name, dtype))
+        assert found.dtype == dtype
+        # A token at a clip's edge is on one side or the other in bfloat16.
+        if dtype == torch.float32:
+            torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    whole = function(log_probs, old, (5 * advantages).long(), mask, **extras(name, torch.float64))
+    torch.testing.assert_close(whole, function(log_probs, old, (5 * advantages).trunc(), mask,
+                                               **extras(name, torch.float64)))
+
+
+def extras(name, dtype):
+    asked = inspect.signature(getattr(objectives, name)).parameters
+    return {key: x.to(dtype) for key, x in MOMENTS.items() if key in asked}
+
+
 def test_padding_may_hold_anything():
     log_probs, old, advantages, mask = batch()
-    for objective in (objectives.grpo, objectives.gspo):
+    for objective in LOSSES.values():
         clean = objective(log_probs, old, advantages, mask)
         dirty = torch.where(mask, log_probs, math.nan).detach().requires_grad_()
         losses = objective(dirty, old, advantages, mask)
@@ -143,13 +217,13 @@ def test_dr_grpo_sums_over_tokens_and_leaves_the_advantages_unscaled():
 
 
 def test_unknown_objectives_are_named():
-    with pytest.raises(ValueError, match="objective: expected one of grpo, dr_grpo, gspo or an objectives.Objective"):
+    with pytest.raises(ValueError, match="objective: expected one of grpo, .*bonus or an objectives.Objective"):
         objectives.find("ppo")
 
 
 def test_what_is_not_finite_is_refused_inside_the_mask_and_only_there():
     log_probs, old, advantages, mask = batch()
-    for objective in (objectives.grpo, objectives.dr_grpo, objectives.gspo):
+    for objective in LOSSES.values():
         clean = objective(log_probs, old, advantages, mask)
         for bad in (math.nan, math.inf, -math.inf):
             torch.testing.assert_close(objective(log_probs, torch.where(mask, old, bad), advantages, mask), clean)
@@ -214,7 +288,7 @@ WRONG = (None, 3, "grpo", [1.0], {"a": 1}, np.ones(3))
 def test_wrong_types_are_named():
     log_probs, old, advantages, mask = batch()
     right = {"log_probs": log_probs, "old_log_probs": old, "advantages": advantages, "mask": mask}
-    for function in (objectives.grpo, objectives.dr_grpo, objectives.gspo):
+    for function in LOSSES.values():
         for name in right:
             for wrong in WRONG:
                 with pytest.raises(TypeError, match=f"^{name}: expected a tensor, got"):
@@ -246,7 +320,7 @@ def test_wrong_types_are_named():
         with pytest.raises(error, match="^aggregation: expected one of seq"):
             objectives.Objective(objectives.grpo, wrong)
     for wrong in (None, 3, [1.0], {"a": 1}):
-        with pytest.raises(TypeError, match="^objective: expected one of grpo, dr_grpo, gspo or an objectives.Obj"):
+        with pytest.raises(TypeError, match="^objective: expected one of grpo, .*bonus or an objectives.Obj"):
             objectives.find(wrong)
         with pytest.raises(TypeError, match="^scale: expected True or False, got"):
             objectives.Objective(objectives.grpo, scale=wrong)

@@ -63,6 +63,27 @@ def test_gradients_that_stand_there_take_no_part_and_are_not_written_to():
     assert norm == pytest.approx(0.3, rel=1e-4)
 
 
+@pytest.mark.parametrize("objective", sorted(objectives.OBJECTIVES))
+def test_batches_of_a_step_change_nothing(objective):
+    steps = []
+    for batch_size in (None, 3, 1):
+        policy, rollouts = dh.exact.exact_policy(build_model("llama", 11)), rollouts_for(11)
+        with torch.no_grad():
+            scores = dh.score(policy, rollouts)
+        old = scores.log_probs + 0.3 * torch.sin(torch.arange(scores.log_probs.numel())).view_as(scores.log_probs)
+        loss = dh.training.policy_gradient_step(policy, rollouts, old, objective, torch.optim.SGD(
+            policy.parameters.values(), lr=0.1), max_gradient_norm=0.5, seed=3, batch_size=batch_size)
+        steps.append((loss, policy.parameters))
+    (loss, one), *others = steps
+    start = dh.exact.exact_policy(build_model("llama", 11)).parameters
+    for other_loss, other in others:
+        assert other_loss == pytest.approx(loss, abs=1e-12)
+        for n, p in one.items():
+            torch.testing.assert_close(other[n], p, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(other[n].grad, p.grad, rtol=1e-9, atol=1e-11)
+    assert max((one[n] - start[n]).abs().max() for n in one) > 1e-4
+
+
 class Failing(torch.optim.SGD):
     def step(self, closure=None):
         raise RuntimeError("no step today")

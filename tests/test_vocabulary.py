@@ -6,16 +6,18 @@ import torch
 
 import deltah as dh
 from deltah import vocabulary
+from deltah.derivatives import taylor
 
 SCALINGS = [{}, {"temperature": 0.7}, {"scale": 0.3}, {"scale": 2.0, "soft_cap": 3.0, "temperature": 1.3}]
 
 
-def by_definition(hidden, weight, targets, temperature=1.0, bias=None, scale=1.0, soft_cap=None):
+def by_definition(hidden, weight, targets, temperature=1.0, bias=None, scale=1.0, soft_cap=None, moments=False):
     logits = scale * (hidden @ weight.T + (0 if bias is None else bias))
     if soft_cap:
         logits = soft_cap * (logits / soft_cap).tanh()
     log_p = (logits / temperature).log_softmax(-1)
-    return log_p.gather(-1, targets[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+    found = log_p.gather(-1, targets[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+    return found + ((2 * log_p).exp().sum(-1), ((2 * log_p).exp() * log_p).sum(-1)) if moments else found
 
 
 @pytest.fixture(params=["one tile", "many tiles"])
@@ -35,14 +37,14 @@ def case(bias, size=23):
 
 def called(function, inputs, targets, options):
     hidden, weight, *bias = inputs
-    return function(hidden, weight, targets, bias=bias[0] if bias else None, **options)
+    return function(hidden, weight, targets, bias=bias[0] if bias else None, moments=True, **options)
 
 
 @pytest.mark.parametrize("options", SCALINGS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_value_gradient_and_second_gradient(tiles, bias, options):
     inputs, targets = case(bias)
-    weights = torch.linspace(-1, 2, 14, dtype=torch.float64).view(2, 7)
+    weights = torch.linspace(-1, 2, 28, dtype=torch.float64).view(4, 7)
     found = []
     for function in (dh.linear_log_probs_and_entropies, by_definition):
         values = called(function, inputs, targets, options)
@@ -51,6 +53,32 @@ def test_value_gradient_and_second_gradient(tiles, bias, options):
         found.append([*values, *gradients, *second])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", SCALINGS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_moments_that_are_not_differentiated_change_no_bit(tiles, bias, options, dtype):
+    inputs, targets = case(bias)
+    hidden, weight, *bias = (x.detach().to(dtype).requires_grad_() for x in inputs)
+    given, found = dict(targets=targets, bias=bias[0] if bias else None, **options), []
+    for moments in (False, True):
+        values = dh.linear_log_probs_and_entropies(hidden, weight, moments=moments, **given)
+        assert len(values) == 2 + 2 * moments and all(x.requires_grad for x in values)
+        gradients = [g for x in values[:2] for g in torch.autograd.grad(x.square().sum(), [hidden, weight, *bias],
+                                                                        retain_graph=True)]
+        with torch.no_grad():
+            values = [*values[:2], *dh.linear_log_probs_and_entropies(hidden, weight, moments=moments, **given)[:2]]
+        found.append([*values, *gradients])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("field", [2, 3])
+def test_one_moment_is_differentiated_alone(tiles, field):
+    inputs, targets = case(True)
+    ours, theirs = (torch.autograd.grad(called(f, inputs, targets, {})[field].sum(), inputs)
+                    for f in (dh.linear_log_probs_and_entropies, by_definition))
+    torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=1e-12)
 
 
 @pytest.mark.parametrize("options", SCALINGS)
@@ -92,22 +120,52 @@ def test_a_large_vocabulary_in_float32_is_as_exact_as_float32_is():
     hidden, weight = torch.randn(20, 64, generator=generator), torch.randn(50_000, 64, generator=generator)
     targets = torch.randint(0, 50_000, (20,), generator=generator)
     for sharpness in (0.01, 0.3, 3.0):
-        found = dh.linear_log_probs_and_entropies(sharpness * hidden, weight, targets)
-        wanted = by_definition(sharpness * hidden.double(), weight.double(), targets)
+        found = dh.linear_log_probs_and_entropies(sharpness * hidden, weight, targets, moments=True)
+        wanted = by_definition(sharpness * hidden.double(), weight.double(), targets, moments=True)
         for a, b in zip(found, wanted, strict=True):
             assert a.dtype == torch.float32
             torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-6)
+    # Of a flat distribution they are as small as 1/V.
+    found = dh.linear_log_probs_and_entropies(0.01 * hidden, weight, targets, moments=True)[2:]
+    wanted = by_definition(0.01 * hidden.double(), weight.double(), targets, moments=True)[2:]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=0, rtol=8 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("gap", [0.0, 1.0, 10.0, 16.0, 30.0, 100.0, 1e4])
+@pytest.mark.parametrize("size", [2, 150_000])
+def test_moments_from_uniform_to_certain(gap, size):
+    """One token ahead of all others by some logits; known in closed form, and to float32's rounding near H = 0."""
+    hidden, weight = torch.ones(1, 1), torch.zeros(size, 1)
+    weight[-1] = gap
+    rest = (size - 1) * math.exp(-gap)
+    others, log_total = math.exp(-gap) / (1 + rest), math.log1p(rest)
+    collisions = (1 + rest)**-2 + rest * others / (1 + rest)
+    log_probs = -(1 + rest)**-2 * log_total - rest * others / (1 + rest) * (gap + log_total)
+    found = dh.linear_log_probs_and_entropies(hidden, weight, torch.tensor([0]), moments=True)[2:]
+    assert float(found[0]) == pytest.approx(collisions, rel=1e-6)
+    # 1 + rest is summed in float32, in pairs.
+    assert float(found[1]) == pytest.approx(log_probs, rel=1e-6, abs=4 * torch.finfo(torch.float32).eps)
+    exact = dh.linear_log_probs_and_entropies(hidden.double(), weight.double(), torch.tensor([0]), moments=True)[2:]
+    assert float(exact[0]) == pytest.approx(collisions, rel=1e-12)
+    assert float(exact[1]) == pytest.approx(log_probs, rel=1e-12, abs=2.3e-16)
 
 
 def test_bfloat16_gives_float32_and_gradients_in_bfloat16():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16().requires_grad_() for n in (6, 300))
     targets = torch.arange(6)
-    found = dh.linear_log_probs_and_entropies(hidden, weight, targets)
-    wanted = by_definition(hidden.float(), weight.float(), targets)
+    found = dh.linear_log_probs_and_entropies(hidden, weight, targets, moments=True)
+    wanted = by_definition(hidden.float(), weight.float(), targets, moments=True)
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, atol=0.05, rtol=0.02)
+    # A logit is rounded by at most ε z / 2, so that each log p is off by at most δ = ε max abs(z).
+    delta = torch.finfo(torch.bfloat16).eps * (hidden @ weight.T).abs().amax(1).float()
+    _, _, collisions, log_probs = wanted
+    assert ((found[2] - collisions).abs() <= (2 * delta).expm1() * collisions).all()
+    bound = (2 * delta).expm1() * log_probs.abs() + (2 * delta).exp() * delta * collisions
+    assert ((found[3] - log_probs).abs() <= bound).all()
     gradients = torch.autograd.grad(found[0].sum(), [hidden, weight])
     expected = torch.autograd.grad(wanted[0].sum(), [hidden, weight])
     for a, b in zip(gradients, expected, strict=True):
@@ -121,9 +179,9 @@ def test_a_bias_of_minus_infinity_is_a_token_of_probability_zero(tiles):
         bias[::3] = -math.inf
     targets = torch.tensor([1, 2, 4, 5, 7, 8, 10])
     kept = torch.arange(len(bias)) % 3 > 0
-    found = dh.linear_log_probs_and_entropies(hidden, weight, targets, bias=bias)
+    found = dh.linear_log_probs_and_entropies(hidden, weight, targets, bias=bias, moments=True)
     place = kept.cumsum(0)[targets] - 1
-    wanted = dh.linear_log_probs_and_entropies(hidden, weight[kept], place, bias=bias[kept])
+    wanted = dh.linear_log_probs_and_entropies(hidden, weight[kept], place, bias=bias[kept], moments=True)
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
     for a, b in zip(torch.autograd.grad(sum(x.sum() for x in found), [hidden, weight]),
                     torch.autograd.grad(sum(x.sum() for x in wanted), [hidden, weight]), strict=True):
@@ -132,7 +190,7 @@ def test_a_bias_of_minus_infinity_is_a_token_of_probability_zero(tiles):
     def along(chosen, bias, targets):
         """Values and derivatives of first and second order, by forward mode."""
         def function(w):
-            return dh.linear_log_probs_and_entropies(hidden.detach(), w, targets, bias=bias)
+            return dh.linear_log_probs_and_entropies(hidden.detach(), w, targets, bias=bias, moments=True)
 
         w = weight.detach()[chosen]
         return torch.func.jvp(lambda w: torch.func.jvp(function, (w,), (w.cos(),)), (w,), (w.cos(),))
@@ -145,7 +203,7 @@ def test_memory_stays_far_below_the_logits():
     """No allocation of the forward pass comes to a tenth of the logits."""
     hidden, weight, targets = torch.randn(2000, 8), torch.randn(20_000, 8), torch.zeros(2000, dtype=torch.long)
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
-        dh.linear_log_probs_and_entropies(hidden, weight, targets)
+        dh.linear_log_probs_and_entropies(hidden, weight, targets, moments=True)
     largest = max(event.cpu_memory_usage if hasattr(event, "cpu_memory_usage") else 0 for event in profile.events())
     assert 0 < largest < 2000 * 20_000 * 4 / 10
 
@@ -179,6 +237,9 @@ def test_bad_arguments_are_named():
         for value in ("1", [1.0], True):
             with pytest.raises(TypeError, match=f"{name}: expected a number"):
                 function(hidden, weight, targets, **{name: value})
+    for value in (None, 1, "yes"):
+        with pytest.raises(TypeError, match="moments: expected True or False"):
+            function(hidden, weight, targets, moments=value)
     for name, message in (("hidden", "floating-point"), ("weight", "floating-point"), ("targets", "integers")):
         for wrong, what in ((None, "a tensor"), ([1.0], "a tensor"), (torch.zeros(3).bool(), message)):
             with pytest.raises(TypeError, match=f"{name}: expected {what}"):
@@ -191,3 +252,19 @@ def test_numbers_of_numpy_are_welcome():
     inputs, targets = case(False)
     found = dh.linear_log_probs_and_entropies(*inputs, targets, temperature=np.float32(0.5), scale=np.int64(2))
     torch.testing.assert_close(found, dh.linear_log_probs_and_entropies(*inputs, targets, 0.5, scale=2.0))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_moments_along_a_direction_are_left_to_forward_mode(order):
+    """Jets know no rule for them, and must not pass them by as constants."""
+    inputs, targets = case(True)
+    theta = {str(i): x.detach() for i, x in enumerate(inputs)}
+    v = {name: x.cos() for name, x in theta.items()}
+
+    def derivatives(function):
+        def values(p):
+            return called(function, [x.sin() for x in p.values()], targets, {}), p["0"]
+        return taylor.derivatives_along(values, theta, v, order)[:order + 1]
+
+    torch.testing.assert_close(derivatives(dh.linear_log_probs_and_entropies), derivatives(by_definition),
+                               atol=1e-11, rtol=1e-11)

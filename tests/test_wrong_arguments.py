@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 import deltah as dh
-from deltah import exact, objectives
+from deltah import exact, metrics, objectives
 
 N, T, V = 12, 3, 4
 MASK = torch.ones(N, T, dtype=torch.bool)
@@ -29,7 +30,8 @@ def rollouts():
 
 @functools.cache
 def scores():
-    return dh.TokenScores(*(x.detach() for x in dh.score(policy(), rollouts())))
+    with torch.no_grad():
+        return dh.score(policy(), rollouts(), moments=True)
 
 
 @functools.cache
@@ -74,6 +76,8 @@ WRONG = {
     "texts": ["abc", 1.5, 3, ESTIMATE, [1, 2], [None]],
     "function": ["abc", [1], {}, 1.5, ESTIMATE, 3],
     "estimate": ["abc", [1], {}, 1.5, 3, torch.ones(2), object()],
+    "problems": [*ANYTHING, ["2+2="], Dataset.from_dict({"question": ["2+2="]})],
+    "reporters": ["abc", 1.5, {"a": 1}, ESTIMATE, [1], [None]],
     "rates": ["abc", {}, ESTIMATE, ["a"], [], [NAN], [-1.0]],
 }
 
@@ -91,22 +95,31 @@ class Of:
 
 POLICY, ROLLOUTS, SCORES = Of("policy", policy), Of("rollouts", rollouts), Of("scores", scores)
 DIRECTION, ESTIMATED = Of("direction", direction), Of("estimate", change)
-BATCH = Of("integer", 2, optional=True)
+BATCH, MOMENTS = Of("integer", 2, optional=True), Of("boolean", True)
 X, LOG_PROBS = Of("floating", lambda: torch.randn(N)), Of("floating", lambda: scores().log_probs)
 CLUSTERS = Of("integers", lambda: rollouts().prompt_index, optional=True)
 LOSS = dict(log_probs=LOG_PROBS, old_log_probs=LOG_PROBS, advantages=Of("floating", lambda: torch.ones(N)),
             mask=Of("mask", MASK))
 CLIPS = dict(clip_low=Of("number", 0.2), clip_high=Of("number", 0.2))
+DUAL, FRACTION = dict(dual_clip=Of("number", 3.0, optional=True)), dict(fraction=Of("number", 0.1))
+SELECTED = Of("mask", None, optional=True)
+DRAWN = FRACTION | dict(covariance_low=Of("any_number", 0.0), covariance_high=Of("any_number", 5.0),
+                        seed=Of("integer", 0))
+RANKED = {name: LOSS[name] for name in ("log_probs", "advantages", "mask")}
+ENTROPIES, THRESHOLD = dict(entropies=LOG_PROBS), dict(threshold=Of("number", 2.5))
+COLLISIONS = dict(collisions=LOG_PROBS, collision_log_probs=LOG_PROBS)
 
 CALLS = {
-    dh.score: dict(policy=POLICY, rollouts=ROLLOUTS, parameters=Of("by_name", None, optional=True), batch_size=BATCH),
+    dh.score: dict(policy=POLICY, rollouts=ROLLOUTS, parameters=Of("by_name", None, optional=True), batch_size=BATCH,
+                   moments=MOMENTS),
     dh.log_probs_and_entropies: dict(logits=Of("any_shape", lambda: torch.randn(N, V)),
-                                     targets=Of("integers", lambda: torch.zeros(N, dtype=torch.long))),
+                                     targets=Of("integers", lambda: torch.zeros(N, dtype=torch.long)),
+                                     moments=MOMENTS),
     dh.linear_log_probs_and_entropies: dict(
         hidden=Of("any_shape", lambda: torch.randn(N, 2)), weight=Of("floating", lambda: torch.randn(V, 2)),
         targets=Of("integers", lambda: torch.zeros(N, dtype=torch.long)), temperature=Of("number", 1.0),
         bias=Of("floating", None, optional=True), scale=Of("any_number", 1.0),
-        soft_cap=Of("number", None, optional=True)),
+        soft_cap=Of("number", None, optional=True), moments=MOMENTS),
     dh.entropy: dict(scores=SCORES, rollouts=ROLLOUTS, method=Of("choice", "monte_carlo"), per=Of("choice", "token")),
     dh.control_variate: dict(target=X, variates=Of("floating", lambda: torch.randn(N, 1)),
                              clusters=Of("integers", lambda: torch.arange(N)),
@@ -119,7 +132,7 @@ CALLS = {
     dh.update_direction: dict(
         policy=POLICY, rollouts=ROLLOUTS, objective=Of("objective", "grpo"), optimizer=Of("optimizer", optimizer),
         old_log_probs=Of("floating", None, optional=True), max_gradient_norm=Of("number", None, optional=True),
-        batch_size=BATCH),
+        batch_size=BATCH, seed=Of("integer", 0), selected=SELECTED),
     dh.entropy_change: dict(policy=POLICY, rollouts=ROLLOUTS, direction=DIRECTION, order=Of("choice", 1),
                             per=Of("choice", "token"), baseline=Of("choice", "entropy"), batch_size=BATCH),
     dh.attribution: dict(policy=POLICY, rollouts=ROLLOUTS, direction=DIRECTION, change=ESTIMATED, batch_size=BATCH),
@@ -150,14 +163,31 @@ CALLS = {
     ESTIMATE.interval: dict(level=Of("number", 0.95)),
     objectives.group_advantages: dict(rewards=X, prompt_index=Of("integers", lambda: rollouts().prompt_index),
                                       scale=Of("boolean", True)),
-    objectives.grpo: LOSS | CLIPS, objectives.dr_grpo: LOSS | CLIPS, objectives.gspo: LOSS | CLIPS,
+    objectives.grpo: LOSS | CLIPS | DUAL, objectives.dr_grpo: LOSS | CLIPS, objectives.dapo: LOSS | CLIPS | DUAL,
+    objectives.cispo: LOSS | CLIPS | dict(clip_low=Of("number", None, optional=True)),
+    objectives.gspo: LOSS | CLIPS, objectives.gspo_token: LOSS | CLIPS,
+    objectives.ce_gppo: LOSS | CLIPS | DUAL | dict(beta_low=Of("number", 0.75), beta_high=Of("number", 1.0)),
+    objectives.clip_cov: LOSS | CLIPS | DRAWN | dict(selected=SELECTED),
+    objectives.clip_cov_tokens: LOSS | CLIPS | DRAWN,
+    objectives.kl_cov: LOSS | FRACTION | dict(kl_coefficient=Of("number", 1.0), selected=SELECTED),
+    objectives.kl_cov_tokens: RANKED | FRACTION, objectives.token_covariances: RANKED,
+    objectives.clip_b: LOSS | CLIPS | ENTROPIES | THRESHOLD,
+    objectives.clip_b_tokens: RANKED | ENTROPIES | THRESHOLD,
+    objectives.clip_v: LOSS | CLIPS | ENTROPIES | COLLISIONS | THRESHOLD | FRACTION,
+    objectives.clip_v_tokens: RANKED | ENTROPIES | COLLISIONS | THRESHOLD | FRACTION,
+    objectives.entropy_bonus: LOSS | CLIPS | ENTROPIES | dict(beta=Of("any_number", 0.005)),
     objectives.sequence_ratio: {name: LOSS[name] for name in ("log_probs", "old_log_probs", "mask")},
     objectives.aggregate: dict(losses=LOG_PROBS, mask=LOSS["mask"], how=Of("choice", "constant"),
                                length=Of("integer", None, optional=True)),
+    **{function: dict(scores=SCORES) | {name: LOSS[name] for name in ("old_log_probs", "advantages", "mask")}
+       for function in objectives.token_scores.SCORES.values()},
     objectives.find: dict(objective=Of("objective", "grpo")),
     dh.training.policy_gradient_step: dict(
         policy=POLICY, rollouts=ROLLOUTS, old_log_probs=LOG_PROBS, objective=Of("objective", "grpo"),
-        optimizer=Of("optimizer", optimizer), max_gradient_norm=Of("number", None, optional=True)),
+        optimizer=Of("optimizer", optimizer), max_gradient_norm=Of("number", None, optional=True),
+        seed=Of("integer", 0), selected=SELECTED, batch_size=BATCH),
+    metrics.pass_at_k: dict(rewards=X, prompt_index=Of("integers", lambda: rollouts().prompt_index),
+                            k=Of("integer", 1)),
     exact.exact_policy: dict(model=Of("policy", lambda: exact.tiny_policy().model)),
     exact.tiny_policy: dict(vocabulary_size=Of("integer", 4), eos_token_id=Of("integer", None, optional=True),
                             context_length=Of("integer", 8), seed=Of("integer", 0), eos_logit=Of("any_number", 0.0)),
@@ -223,16 +253,38 @@ def test_each_wrong_argument_of_sample_is_named(shipped, name):
         assert str(caught.value).startswith(name), f"{wrong!r}: {caught.value!r}"
 
 
+TRAINING = {
+    "policy": POLICY, "problems": Of("problems", None), "objective": Of("objective", "grpo"),
+    "optimizer": Of("optimizer", None, optional=True), "learning_rate": Of("number", 1e-4),
+    "temperature": Of("number", 1.0), "max_gradient_norm": Of("number", None, optional=True),
+    "reward": Of("objective", None, optional=True), "chat": Of("boolean", None, optional=True),
+    "checkpoint": Of("path", None, optional=True), "log": Of("path", None, optional=True),
+    "predict_every": Of("integer", None, optional=True), "report_to": Of("reporters", None, optional=True),
+    "batch_size": BATCH}
+
+
+@pytest.mark.parametrize("name", inspect.signature(dh.training.train).parameters)
+def test_each_wrong_argument_of_train_is_named(shipped, problems, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for wrong in TRAINING.get(name, Of("integer", 1)).wrong:
+        given = {"policy": shipped, "problems": problems.select(range(20)), "prompts_per_step": 2, "predict_prompts": 5,
+                 "checkpoint": "run"} | {name: wrong}
+        with pytest.raises((TypeError, ValueError)) as caught:
+            dh.training.train(**given)
+        assert str(caught.value).startswith(name), f"{wrong!r}: {caught.value!r}"
+    assert list(tmp_path.iterdir()) == []
+
+
 def public_functions():
     found = [getattr(dh, name) for name in dh.__all__]
-    for room in (objectives, exact, dh.statistics, dh.training):
+    for room in (objectives, objectives.token_scores, exact, dh.statistics, dh.training):
         found += [f for name, f in vars(room).items() if not name.startswith("_")
                   and getattr(f, "__module__", "").startswith(room.__name__)]
     return {f for f in found if inspect.isfunction(f)}
 
 
 def test_no_public_function_and_no_argument_is_left_out():
-    assert public_functions() - {dh.sample} <= set(CALLS)
+    assert public_functions() - {dh.sample, dh.training.train} <= set(CALLS)
     for function, arguments in CALLS.items():
         expected = [name for name in inspect.signature(function).parameters]
         assert set(arguments) == set(expected), function.__qualname__

@@ -283,7 +283,7 @@ def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change
 
     The change is linear in the direction, which is a sum over the tokens of the update batch, momentum and weight
     decay. One backward pass over `rollouts` gives the entropy's gradient u; the derivative of each token's log-prob
-    along P ∘ u, times the token's weight in the loss, is its share.
+    along P ∘ u, times the token's weight in the loss, is its share; with a bonus for entropy, that of H likewise.
 
     Args:
         policy: the policy, as it was for `change`.
@@ -329,8 +329,9 @@ def attribution(policy: Policy, rollouts: Rollouts, direction: Direction, change
 
     toward = {name: scale * gradient[name] for name, scale in direction.preconditioner.items() if name in gradient}
     update = direction.rollouts.to(policy.device)
-    shares = _derivatives(policy, update, _moving(toward), 1, "none", batch_size).scores_1
-    tokens = direction.token_weights.to(policy.device).double() * shares
+    shares = _derivatives(policy, update, _moving(toward), 1, "none", batch_size)
+    tokens = (direction.token_weights.to(policy.device).double() * shares.scores_1
+              + direction.entropy_weights.to(policy.device).double() * shares.entropies_1)
     causes = Attribution(tokens, along(direction.momentum), along(direction.weight_decay))
     whole = float(tokens.sum()) + causes.momentum + causes.weight_decay
     size = float(tokens.abs().sum()) + abs(causes.momentum) + abs(causes.weight_decay)

@@ -36,9 +36,13 @@ class Direction:
     Attributes:
         vector: v, by parameter name; zero where the optimizer does not reach.
         momentum, weight_decay: the parts of v that come from earlier batches and from weight decay, by name.
-        preconditioner: P, by parameter name: the part of the rollouts is P ∘ Σ token_weights ∇ log π.
+        preconditioner: P, by parameter name: the part of the rollouts is P ∘ Σ (token_weights ∇ log π +
+            entropy_weights ∇H).
         token_weights: [N, T], how much v follows the score ∇ log π of each token: −∂loss/∂log π, clipping of the
-            gradient included.
+            gradient included. What a loss chooses by a batch's statistics is constant: no token has a weight by way
+            of another's.
+        entropy_weights: [N, T], how much v follows ∇H of each token's distribution: −∂loss/∂H; 0 but for losses with
+            a bonus for entropy.
         learning_rate: the optimizer's η, of its first parameter group; others count relative to it.
         policy, rollouts: what it was made from.
         state: the fingerprint of all that the model holds, by which a direction knows whether that has changed since.
@@ -52,6 +56,7 @@ class Direction:
     weight_decay: dict[str, Tensor]
     preconditioner: dict[str, Tensor]
     token_weights: Tensor
+    entropy_weights: Tensor
     learning_rate: float
     policy: Policy
     rollouts: Rollouts
@@ -67,7 +72,8 @@ class Direction:
                 checks.tensor(f"{name}[{key!r}]", x, shape, kind="floating")
         checks.instance("policy", self.policy, Policy)
         checks.instance("rollouts", self.rollouts, Rollouts)
-        checks.tensor("token_weights", self.token_weights, self.rollouts.response_mask.shape, kind="floating")
+        for name in ("token_weights", "entropy_weights"):
+            checks.tensor(name, getattr(self, name), self.rollouts.response_mask.shape, kind="floating")
         checks.number("learning_rate", self.learning_rate, minimum=0)
         checks.instance("state", self.state, Mapping, "the fingerprint of a model")
 
@@ -91,7 +97,8 @@ class Direction:
         self.check_made_at(state_of(self.policy))
         check_tensors(self.policy, self.vector, "direction.vector")
         names, rows = list(self.preconditioner), torch.tensor([index])
-        gradient = weighted_gradient(self.policy, self.rollouts, [rows], names, self.token_weights)
+        gradient = weighted_gradient(self.policy, self.rollouts, [rows], names, self.token_weights,
+                                     self.entropy_weights)
         return {name: torch.zeros_like(self.vector[name]) if g is None else self.preconditioner[name] * g
                 for name, g in gradient.items()}
 
@@ -115,7 +122,8 @@ class Direction:
 @torch.inference_mode(False)
 def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Objective = "grpo",
                      optimizer: Optimizer | None = None, old_log_probs: Tensor | None = None,
-                     max_gradient_norm: float | None = None, batch_size: int | None = None) -> Direction:
+                     max_gradient_norm: float | None = None, batch_size: int | None = None, seed: int = 0,
+                     selected: Tensor | None = None) -> Direction:
     """v = δθ/η as `optimizer.step()` would move after this batch; changes neither the policy nor the optimizer.
 
     It starts from the optimizer's real state, takes in parameter groups, gradient clipping, frozen parameters and
@@ -125,13 +133,15 @@ def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Object
     Args:
         policy: the policy whose parameters `optimizer` holds.
         rollouts: N rollouts with advantages, or with rewards that the objective makes advantages of.
-        objective: "grpo", "dr_grpo", "gspo" or an `objectives.Objective`.
+        objective: a name of `objectives.OBJECTIVES`, such as "grpo", or an `objectives.Objective`.
         optimizer: a torch.optim SGD, RMSprop, Adam or AdamW, or a subclass with the same step; one that Accelerate has
             wrapped counts as what it wraps. A scheduler may be attached: η is as it stands. Hooks before its step are
             refused, as they may change what it does; those after it are not foreseen: v is the step without them.
         old_log_probs: [N, T] in nats, under the policy that sampled; None: this policy did.
         max_gradient_norm: > 0, what the trainer passes to `torch.nn.utils.clip_grad_norm_`; None: nothing is clipped.
-        batch_size: rollouts at a time; None: as many as suit the device. Does not change the result.
+        batch_size: rollouts at a time; None: as many as suit the device. Does not change the result: statistics of a
+            batch, which some objectives take, are those of all rollouts.
+        seed, selected: of `Objective.loss`.
 
     Returns:
         A Direction; float32 for bfloat16 parameters, else in their own dtype.
@@ -155,17 +165,20 @@ def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Object
     limit = None if max_gradient_norm is None else checks.number("max_gradient_norm", max_gradient_norm, above=0)
     batch_size = None if batch_size is None else checks.integer("batch_size", batch_size, minimum=1)
     made_at, rollouts = state_of(policy), rollouts.to(policy.device)
-    weights = _token_weights(policy, rollouts, objective, old_log_probs, batch_size)
+    _, weights, entropy_weights = loss_and_weights(policy, rollouts, objective, old_log_probs, batch_size, seed,
+                                                   selected)
     # The norm that clips is that of all trainable parameters, whether the optimizer holds them or not.
     names = list(groups if limit is None else policy.parameters)
-    gradient = weighted_gradient(policy, rollouts, batches(policy, rollouts, batch_size), names, weights)
+    gradient = weighted_gradient(policy, rollouts, batches(policy, rollouts, batch_size), names, weights,
+                                 entropy_weights)
     for name, g in gradient.items():
         if g is not None and not torch.isfinite(g).all():
             raise ValueError(f"policy, rollouts: the gradient of {name} is NaN or infinite")
     if limit is not None:
         norm = sum(g.double().square().sum() for g in gradient.values() if g is not None) ** 0.5
         clip = min(1.0, float(limit / (norm + 1e-6)))
-        weights, gradient = clip * weights, {n: g if g is None else clip * g for n, g in gradient.items()}
+        weights, entropy_weights = clip * weights, clip * entropy_weights
+        gradient = {n: g if g is None else clip * g for n, g in gradient.items()}
 
     parameters, base = policy.parameters, float(optimizer.param_groups[0]["lr"])
     vector, momentum, weight_decay, preconditioner = {}, {}, {}, {}
@@ -186,7 +199,8 @@ def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Object
             momentum[name] = _filled(-scale * terms.momentum, p)
             weight_decay[name] = _filled(-scale * terms.weight_decay, p)
             vector[name] = preconditioner[name] * g + momentum[name] + weight_decay[name]
-    return Direction(vector, momentum, weight_decay, preconditioner, weights, base, policy, rollouts, made_at)
+    return Direction(vector, momentum, weight_decay, preconditioner, weights, entropy_weights, base, policy,
+                     rollouts, made_at)
 
 
 def state_of(policy: Policy) -> dict[str, str]:
@@ -253,18 +267,20 @@ def _relative(rate: float, base: float) -> float:
     return rate / base
 
 
-def _token_weights(policy: Policy, rollouts: Rollouts, objective: Objective, old_log_probs: Tensor | None,
-                   batch_size: int | None) -> Tensor:
-    """−∂loss/∂log π of every token, [N, T]."""
+def loss_and_weights(policy: Policy, rollouts: Rollouts, objective: Objective, old_log_probs: Tensor | None,
+                     batch_size: int | None, seed: int, selected: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and −∂loss/∂log π and −∂loss/∂H of every token, [N, T]."""
     if old_log_probs is not None:
         check_old(old_log_probs, rollouts)
     with torch.no_grad():
-        log_probs = score(policy, rollouts, batch_size=batch_size).log_probs
-    old = log_probs if old_log_probs is None else old_log_probs.to(log_probs)
+        scores = score(policy, rollouts, batch_size=batch_size, moments=objective.moments)
+    old = scores.log_probs if old_log_probs is None else old_log_probs.to(scores.log_probs)
     with torch.enable_grad():
-        leaf = log_probs.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(objective.loss(leaf, old, rollouts), leaf)
-    return torch.where(rollouts.response_mask, -slope, 0.0)
+        leaves = [x.clone().requires_grad_() for x in (scores.log_probs, scores.entropies)]
+        loss = objective.loss(leaves[0], old, rollouts, leaves[1], scores.collisions, scores.collision_log_probs, seed,
+                              selected)
+        slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return loss.detach(), *(torch.where(rollouts.response_mask, -slope, 0.0) for slope in slopes)
 
 
 def check_old(old_log_probs: Tensor, rollouts: Rollouts) -> None:

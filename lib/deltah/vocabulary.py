@@ -3,12 +3,17 @@
 The vocabulary is gone through in tiles of rows and columns that stay in the processor's cache. Forward keeps a running
 maximum, normaliser and Σ e^z z of each row; backward computes a tile's logits again. With logits z and p = softmax(z)
 
-    log p_t = z_t − log Σ e^z,    ∂ log p_t = ∂z_t − Σ p ∂z,    H = log Σ e^z − Σ p z,    ∂H = −Σ p (log p + H) ∂z.
+    log p_t = z_t − log Σ e^z,    ∂ log p_t = ∂z_t − Σ p ∂z,    H = log Σ e^z − Σ p z,    ∂H = −Σ p (log p + H) ∂z,
+
+and, on request, two moments of p². They need Σ e^{2z} and Σ e^{2z} z in the same tiles: with Z = Σ e^z
+
+    C = Σ p² = Σ e^{2z} / Z²,    ∂C = Σ 2 p (p − C) ∂z,
+    L = Σ p² log p = Σ e^{2z} z / Z² − C log Z,    ∂L = Σ p (p + 2 p log p − C − 2 L) ∂z.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,8 +49,8 @@ class Scaling(NamedTuple):
 
 
 def linear_log_probs_and_entropies(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
-                                   bias: Tensor | None = None, scale: float = 1.0,
-                                   soft_cap: float | None = None) -> tuple[Tensor, Tensor]:
+                                   bias: Tensor | None = None, scale: float = 1.0, soft_cap: float | None = None,
+                                   moments: bool = False) -> tuple[Tensor, ...]:
     """Log-prob of `targets` and entropy of the whole distribution with logits (h W^T + b) / temperature, in nats.
 
     Differentiable in reverse and in forward mode, and nested. Besides the inputs, their gradients and the results it
@@ -59,17 +64,22 @@ def linear_log_probs_and_entropies(hidden: Tensor, weight: Tensor, targets: Tens
         bias: [V], b of the output layer, if it has one.
         scale: multiplies h W^T + b, as some models do.
         soft_cap: c; logits are then c tanh(scale · (h W^T + b) / c), as of Gemma 2.
+        moments: also return the collisions Σ p² (the probability that two draws agree, without unit) and the collision
+            log-probs Σ p² log p (nats) of the same distribution, whose derivatives are right, too.
 
     Returns:
-        (log_probs, entropies), each [...], in float64 for float64 and float32 otherwise.
+        (log_probs, entropies), or (log_probs, entropies, collisions, collision_log_probs), each [...], in float64 for
+        float64 and float32 otherwise.
 
     Raises:
-        TypeError: no tensors or numbers, or of different dtypes.
+        TypeError: no tensors, numbers or boolean, or tensors of different dtypes.
         ValueError: shapes that do not fit each other, targets out of range, a temperature or cap that is not
             positive, or a scale that is not finite.
 
     >>> linear_log_probs_and_entropies(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([3]))
     (tensor([-1.3863]), tensor([1.3863]))
+    >>> linear_log_probs_and_entropies(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([3]), moments=True)[2:]
+    (tensor([0.2500]), tensor([-0.3466]))
     """
     checks.tensor("hidden", hidden, ("...", "d"), "floating")
     checks.tensor("weight", weight, ("V", hidden.shape[-1]), "floating")
@@ -83,6 +93,7 @@ def linear_log_probs_and_entropies(hidden: Tensor, weight: Tensor, targets: Tens
             raise TypeError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {x.dtype}")
     temperature, scale = checks.number("temperature", temperature, above=0), checks.number("scale", scale)
     soft_cap = None if soft_cap is None else checks.number("soft_cap", soft_cap, above=0)
+    moments = checks.boolean("moments", moments)
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):
         raise ValueError(f"targets: expected integers from 0 to {len(weight) - 1}, got {int(targets.min())} to "
                          f"{int(targets.max())}")
@@ -90,12 +101,12 @@ def linear_log_probs_and_entropies(hidden: Tensor, weight: Tensor, targets: Tens
     if has_torch_function(tensors):
         # For `taylor`, which has a form of its own for it.
         return handle_torch_function(linear_log_probs_and_entropies, tensors, hidden, weight, targets, temperature,
-                                     bias, scale, soft_cap)
+                                     bias, scale, soft_cap, moments)
     # A custom function has no forward mode that can be nested.
     function = _in_forward_mode if forward_ad._current_level >= 0 else LogProbsAndEntropies.apply
-    log_probs, entropies, *_ = function(hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1),
-                                        Scaling(scale, soft_cap, temperature))
-    return log_probs.view(targets.shape), entropies.view(targets.shape)
+    log_probs, entropies, _, *more = function(hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1),
+                                              Scaling(scale, soft_cap, temperature), moments)
+    return tuple(x.view(targets.shape) for x in (log_probs, entropies, *more))
 
 
 class _Tile(NamedTuple):
@@ -135,14 +146,18 @@ def tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Sc
 
 
 class LogProbsAndEntropies(torch.autograd.Function):
-    """(hidden [R, d], weight [V, d], bias [V] or None, targets [R], scaling) -> log-probs, entropies, log Σ e^z."""
+    """(hidden [R, d], weight [V, d], bias [V] or None, targets [R], scaling, moments) -> of each row, [R] each:
+
+    log-prob, entropy and log Σ e^z, and with moments C and L.
+    """
 
     @staticmethod
-    def forward(hidden, weight, bias, targets, scaling):
+    def forward(hidden, weight, bias, targets, scaling, moments):
         kind = torch.promote_types(hidden.dtype, torch.float32)
         lowest = torch.finfo(kind).min
         maximum = torch.full(targets.shape, lowest, dtype=torch.float64, device=hidden.device)
-        total, weighted, chosen = torch.zeros(3, *targets.shape, dtype=torch.float64, device=hidden.device)
+        # Of each row z_t, then Σ e^z and Σ e^z z, then Σ e^{2z} and Σ e^{2z} z, with z counted from its maximum.
+        chosen, *sums = torch.zeros(5 if moments else 3, *targets.shape, dtype=torch.float64, device=hidden.device)
         buffers = None
         for tile in _tiles(targets, len(weight)):
             r, c = tile.rows, tile.columns
@@ -159,22 +174,29 @@ class LogProbsAndEntropies(torch.autograd.Function):
             shift = maximum[r] - highest
             z -= highest[:, None].to(kind)
             torch.exp(z, out=powers)
-            weighted[r] = shift.exp() * (weighted[r] + shift * total[r]) + torch.linalg.vecdot(powers, z)
-            total[r] = shift.exp() * total[r] + powers.sum(1)
+            for k, (total, weighted) in enumerate(zip(sums[::2], sums[1::2], strict=True), start=1):
+                if k == 2:
+                    powers.square_()
+                growth = (k * shift).exp()
+                weighted[r] = growth * (weighted[r] + shift * total[r]) + torch.linalg.vecdot(powers, z)
+                total[r] = growth * total[r] + powers.sum(1)
             maximum[r] = highest
-        normaliser = maximum + total.log()
-        return (chosen - normaliser).to(kind), (total.log() - weighted / total).to(kind), normaliser.to(kind)
+        return tuple(x.to(kind) for x in _from_sums(chosen, maximum, *sums))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        hidden, weight, bias, targets, scaling = inputs
-        _, entropies, normaliser = output
-        ctx.scaling = scaling
-        ctx.save_for_backward(hidden, weight, bias, targets, entropies, normaliser)
+        hidden, weight, bias, targets, ctx.scaling, _ = inputs
+        _, *kept = output
+        ctx.save_for_backward(hidden, weight, bias, targets, *kept)
+        # Moments that nothing is differentiated through cost backward nothing.
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, of_log_probs, of_entropies, of_normaliser):
-        hidden, weight, bias, targets, entropies, normaliser = ctx.saved_tensors
+    def backward(ctx, *above):
+        hidden, weight, bias, targets, entropies, normaliser, *moments = ctx.saved_tensors
+        through_moments = any(x is not None for x in above[3:])
+        above = [torch.zeros_like(normaliser) if x is None else x for x in above]
+        of_log_probs, of_entropies, of_normaliser, *of_moments = above
         need = ctx.needs_input_grad
         kind = normaliser.dtype
         of_hidden = torch.zeros_like(hidden, dtype=kind) if need[0] else None
@@ -189,7 +211,11 @@ class LogProbsAndEntropies(torch.autograd.Function):
                 log_p = log_p.masked_fill(p == 0, 0.0)
             # ∂ log p_t = [i = t] − p_i, ∂H = −p_i (log p_i + H) and ∂ log Σ e^z = p_i, times what comes from above.
             constant = of_normaliser[r] - of_log_probs[r] - of_entropies[r] * entropies[r]
-            slope = p * torch.addcmul(constant[:, None], log_p, of_entropies[r, None], value=-1)
+            slope = torch.addcmul(constant[:, None], log_p, of_entropies[r, None], value=-1)
+            if through_moments:
+                of_c, of_l, mean, log_mean = (x[r, None] for x in (*of_moments, *moments))
+                slope = slope + of_c * 2 * (p - mean) + of_l * (p + 2 * p * log_p - mean - 2 * log_mean)
+            slope = p * slope
             slope = slope.scatter_add(1, tile.places, torch.where(tile.inside, of_log_probs[r, None], 0.0))
             factor = ctx.scaling.slope(z)
             if not isinstance(factor, float) or factor != 1:
@@ -202,7 +228,7 @@ class LogProbsAndEntropies(torch.autograd.Function):
             if need[2]:
                 of_bias[c] += slope.sum(0)
         grads = [None if g is None else g.to(hidden.dtype) for g in (of_hidden, of_weight, of_bias)]
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -213,12 +239,12 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _in_forward_mode(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-                     scaling: Scaling) -> tuple[Tensor, Tensor]:
+def _in_forward_mode(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scaling: Scaling,
+                     moments: bool) -> tuple[Tensor, ...]:
     """The same in operations that have derivatives of every order; tangents are freed with their tile."""
     kind = torch.promote_types(hidden.dtype, torch.float32)
     maximum: dict[int, Tensor] = {}
-    sums: dict[int, tuple[Tensor, ...]] = {}
+    sums: dict[int, list[Tensor]] = {}
     for tile in _tiles(targets, len(weight)):
         r, c = tile.rows, tile.columns
         z = tile_logits(hidden[r], weight[c], None if bias is None else bias[c], scaling)
@@ -230,19 +256,32 @@ def _in_forward_mode(hidden: Tensor, weight: Tensor, bias: Tensor | None, target
         highest = z.detach().amax(1)
         z = z - highest[:, None]
         powers = z.exp()
-        here = chosen, powers.sum(1), (powers * z).sum(1)
+        here = [chosen, powers.sum(1), (powers * z).sum(1)]
+        if moments:
+            here += [powers.square().sum(1), (powers.square() * z).sum(1)]
         if r.start in sums:
-            before, most = sums[r.start], torch.maximum(maximum[r.start], highest)
-            here = _merged(before, maximum[r.start] - most, here, highest - most)
-            highest = most
+            most = torch.maximum(maximum[r.start], highest)
+            before, here = _raised(sums[r.start], maximum[r.start] - most), _raised(here, highest - most)
+            here, highest = [x + y for x, y in zip(before, here, strict=True)], most
         sums[r.start], maximum[r.start] = here, highest
-    chosen, total, weighted = (torch.cat(parts) for parts in zip(*sums.values(), strict=True))
-    normaliser = torch.cat(list(maximum.values())) + total.log()
-    return chosen - normaliser, total.log() - weighted / total
+    chosen, *totals = (torch.cat(parts) for parts in zip(*sums.values(), strict=True))
+    return tuple(_from_sums(chosen, torch.cat(list(maximum.values())), *totals))
 
 
-def _merged(a: tuple[Tensor, ...], shift_a: Tensor, b: tuple[Tensor, ...], shift_b: Tensor) -> tuple[Tensor, ...]:
-    """Σ of what two tiles of the same rows have summed, each taken to the common maximum."""
-    grow_a, grow_b = shift_a.exp(), shift_b.exp()
-    return (a[0] + b[0], grow_a * a[1] + grow_b * b[1],
-            grow_a * (a[2] + shift_a * a[1]) + grow_b * (b[2] + shift_b * b[1]))
+def _from_sums(chosen: Tensor, maximum: Tensor, total: Tensor, weighted: Tensor, *squares: Tensor) -> Iterator[Tensor]:
+    """Log-prob, entropy, log Σ e^z and, given the sums of e^{2z}, C and L; the sums count z from its maximum."""
+    normaliser = maximum + total.log()
+    yield from (chosen - normaliser, total.log() - weighted / total, normaliser)
+    if squares:
+        squared, squared_weighted = squares
+        yield from (squared / total.square(), (squared_weighted - squared * total.log()) / total.square())
+
+
+def _raised(sums: Sequence[Tensor], shift: Tensor) -> list[Tensor]:
+    """A tile's z_t and Σ e^{kz}, Σ e^{kz} z for k = 1, 2, once z is counted from a maximum that is −shift higher."""
+    chosen, *pairs = sums
+    raised = [chosen]
+    for k, (total, weighted) in enumerate(zip(pairs[::2], pairs[1::2], strict=True), start=1):
+        growth = (k * shift).exp()
+        raised += [growth * total, growth * (weighted + shift * total)]
+    return raised

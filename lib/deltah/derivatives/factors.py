@@ -141,7 +141,7 @@ class OutputSlopes:
             self.kept = self._of_logits(z, everything)
         else:
             *_, self.normaliser = LogProbsAndEntropies.apply(self.hidden, layer.weight, layer.bias,
-                                                             rollouts.response_ids.flatten(), layer.scaling)
+                                                             rollouts.response_ids.flatten(), layer.scaling, False)
 
     def __call__(self, rows: slice) -> Tensor:
         """[n, T, rows], of these rows of W."""

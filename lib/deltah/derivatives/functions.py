@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltah import vocabulary
-from deltah.derivatives.jets import Jet, new_jet, order_of, parts
+from deltah.derivatives.jets import Jet, Refused, new_jet, order_of, parts
 from deltah.derivatives.operations import of_product
 from deltah.vocabulary import Scaling
 
@@ -42,8 +42,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
 
 
 def _log_probs_and_entropies(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
-                             bias: Tensor | None = None, scale: float = 1.0,
-                             soft_cap: float | None = None) -> tuple[Tensor, Tensor]:
+                             bias: Tensor | None = None, scale: float = 1.0, soft_cap: float | None = None,
+                             moments: bool = False) -> tuple[Tensor, Tensor]:
     """`vocabulary.linear_log_probs_and_entropies`; a tile's logits z, z' and z'' exist at a time.
 
     With means E and covariances over the vocabulary, and d = z' − E z', q = z'' + d²
@@ -52,6 +52,8 @@ def _log_probs_and_entropies(hidden: Tensor, weight: Tensor, targets: Tensor, te
 
     as ∂ Cov(z, z') = Cov(z', z') + Cov(z, z'') + E (z − E z) d².
     """
+    if moments:
+        raise Refused("the moments of p²")
     scaling, order = Scaling(scale, soft_cap, temperature), order_of(hidden, weight, bias)
     h, w, b = (parts(x, order) for x in (hidden.reshape(-1, hidden.shape[-1]), weight, bias))
     target = targets.reshape(-1)
