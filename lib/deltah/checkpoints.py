@@ -16,6 +16,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
@@ -71,7 +72,9 @@ def described(value: Any) -> Any:
     if callable(value):
         named = value if hasattr(value, "__qualname__") else type(value)
         return f"{named.__module__}.{named.__qualname__}"
-    return value
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return value if value is None or isinstance(value, (str, int, float)) else repr(value)
 
 
 def save(path: Path, policy: Policy, optimizer: Optimizer, configuration: Mapping[str, Any], steps: int,
