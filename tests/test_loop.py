@@ -127,6 +127,23 @@ def test_checkpoints_that_differ_after_a_dot_have_logs_of_their_own(tmp_path):
     assert {path.name for path in tmp_path.glob("*.jsonl")} == {"lr.0.1.jsonl", "lr.0.2.jsonl", "run.jsonl"}
 
 
+def test_functions_without_names_of_their_own_are_told_apart():
+    def weighted(factor):
+        return lambda *given: factor * objectives.grpo(*given)
+
+    one, same_one, other = (checkpoints.described(weighted(factor)) for factor in (1.0, 1.0, 2.0))
+    assert one == same_one != other and one == json.loads(json.dumps(one))
+    first, second = lambda text: text in {"a", "b", "c"}, lambda text: text in {"a", "b", "d"}
+    assert checkpoints.described(first) != checkpoints.described(second)
+    assert checkpoints.described(objectives.grpo) == "deltah.objectives.clipping.grpo"
+    assert checkpoints.described(object()) == "builtins.object"
+
+    def calls_itself(n):
+        return calls_itself(n - 1) if n else 0
+
+    assert checkpoints.described(calls_itself)[-1] == ["calls_itself"]
+
+
 def test_settings_of_numpy_are_stored(tmp_path):
     clipped = objectives.Objective(functools.partial(objectives.grpo, clip_high=np.float32(0.25)))
     for steps in (1, 2):

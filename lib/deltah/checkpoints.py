@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,9 @@ def configuration(policy: Policy, problems: Dataset, optimizer: Optimizer, setti
 def described(value: Any) -> Any:
     """What a setting is, as JSON has it; functions by their names and what a `functools.partial` has set.
 
+    A lambda, or a function within a function, shares its name with others: of these the code counts too, with its
+    defaults and the numbers, text and tensors that it closes over. What has no other description counts by its kind.
+
     >>> described(functools.partial(sorted, reverse=True))
     ['builtins.sorted', [], {'reverse': True}]
     """
@@ -71,10 +76,27 @@ def described(value: Any) -> Any:
         return [described(x) for x in value]
     if callable(value):
         named = value if hasattr(value, "__qualname__") else type(value)
-        return f"{named.__module__}.{named.__qualname__}"
+        name = f"{named.__module__}.{named.__qualname__}"
+        if "<" not in name or not inspect.isfunction(value):
+            return name
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        # Not what functions it closes over do: it may be one of them.
+        bound = [x.__name__ if inspect.isfunction(x) else described(x) for x in cells]
+        return [name, hashlib.sha256(repr(_code(value.__code__)).encode()).hexdigest()[:16],
+                described(value.__defaults__), described(value.__kwdefaults__), bound]
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
-    return value if value is None or isinstance(value, (str, int, float)) else repr(value)
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    # Not where in memory it is, which differs between processes.
+    return f"{type(value).__module__}.{type(value).__qualname__}" if " at 0x" in repr(value) else repr(value)
+
+
+def _code(code: CodeType) -> list[Any]:
+    """What a function's code does, the same in every process."""
+    constants = [_code(x) if isinstance(x, CodeType) else sorted(map(repr, x)) if isinstance(x, frozenset) else repr(x)
+                 for x in code.co_consts]
+    return [code.co_code, code.co_names, constants]
 
 
 def save(path: Path, policy: Policy, optimizer: Optimizer, configuration: Mapping[str, Any], steps: int,
