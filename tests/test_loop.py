@@ -370,6 +370,17 @@ def test_a_checkpoint_of_another_run_is_refused(difference, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before and same(policy, start)
 
 
+def test_of_long_settings_the_refusal_shows_what_differs(tmp_path):
+    for rate, eps in ((3e-3, 1e-8), (3e-3, 2e-8)):
+        policy = random_policy()
+        optimizer = torch.optim.AdamW(policy.parameters.values(), lr=rate, eps=eps)
+        if eps == 1e-8:
+            run(policy, steps=1, predict_every=None, optimizer=optimizer, checkpoint=tmp_path / "run")
+            continue
+        with pytest.raises(ValueError, match='optimizer is .*"eps": 2e-08.*, was .*"eps": 1e-08'):
+            run(policy, steps=1, predict_every=None, optimizer=optimizer, checkpoint=tmp_path / "run")
+
+
 def test_a_policy_that_has_moved_on_is_no_start(tmp_path):
     policy, _ = run(steps=1, checkpoint=tmp_path / "run")
     with pytest.raises(ValueError, match="model is .*a run is taken up with the policy that it began with"):

@@ -152,14 +152,18 @@ def load(path: Path, policy: Policy, optimizer: Optimizer, configuration: Mappin
 def _check_same(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     differing = [name for name in saved | own if saved.get(name) != own.get(name)]
     if differing:
-        listed = "; ".join(f"{name} is {_short(own.get(name))}, was {_short(saved.get(name))}" for name in differing)
+        listed = "; ".join("{} is {}, was {}".format(name, *_short(own.get(name), saved.get(name)))
+                           for name in differing)
         hint = " (a run is taken up with the policy that it began with)" if "model" in differing else ""
         raise ValueError(f"checkpoint: {str(path)!r} is of another run: {listed}{hint}")
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _short(*values: Any) -> list[str]:
+    """Values as text, of long ones the part where they begin to differ."""
+    texts = [json.dumps(value, ensure_ascii=False) for value in values]
+    start = max(0, len(os.path.commonprefix(texts)) - 20) if max(map(len, texts)) > 80 else 0
+    return [("..." if start else "") + (text if len(text) <= 80 else text[:77] + "...")
+            for text in (text[start:] for text in texts)]
 
 
 def _split(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
