@@ -16,8 +16,8 @@
 # %% [markdown]
 # # 10 · Token discriminators
 #
-# Reinforcing one token changes the entropy of the distribution that it was drawn from, and its sign can be told from the
-# token's probability and that entropy alone. This chapter settles which discriminator is exact for which step, which of
+# Reinforcing one token changes the entropy of the distribution that it was drawn from, and to first order that
+# distribution alone tells whether up or down, and how far. This chapter settles which discriminator is exact for which step, which of
 # the published scores are the same thing in other words, and what dropping the tokens that it points at does to the
 # entropy of a transformer.
 #
@@ -32,15 +32,16 @@
 #   token must be likelier than $p^*=e^{-H+W}\ge e^{-H}$ to lower the entropy [10.8](#ledger-10.8). On the shipped policy
 #   that matters little: $e^{-H}$ gets the sign wrong for 0.7 ± 0.2% of $\sum|A\,D|$ [10.13](#ledger-10.13).
 # - **A covariance over the batch is no discriminator of sign.** Centred by the batch's mean of $\log p$, as Clip-Cov and
-#   KL-Cov have it, the sign is wrong for 48 ± 2% of $\sum|A\,D|$ [10.14](#ledger-10.14).
+#   KL-Cov have it, the sign is wrong for 48.2 ± 2.5% of $\sum|A\,D|$ [10.14](#ledger-10.14). That is of all tokens; the
+#   methods act on the few of the largest covariance (chapter 11).
 # - **$D$ sees parts, not the sum.** Split by the signs of $A$ and $D$, each part of a step moves the entropy of other
 #   prompts' tokens as $D$ says, at given prefixes [10.16](#ledger-10.16). There the parts cancel; the step's fall of
 #   0.017 ± 0.002 nats a token per unit of $\eta$ comes by other prefixes [10.18](#ledger-10.18).
 # - **One percent of the tokens**, punished ones with $D<-2\sigma$, has 0.27 ± 0.04 of that fall
 #   [10.23](#ledger-10.23). The published thresholds of Clip_B and Clip_V drop two tokens of 14,169 and none.
-# - **What to do.** Rank tokens by $A\,D$ or by REPO's score, never by a covariance centred on the batch; set thresholds
-#   by the share of tokens that they drop on *your* policy; and before training with such a rule, predict what it leaves
-#   of the fall, as section 6 does.
+# - **What to do.** Take a token's sign from $A\,D$ or from REPO's score, not from a covariance centred on the batch; set
+#   thresholds by the share of tokens that they drop on *your* policy; and before training with such a rule, predict
+#   what it leaves of the fall, as section 6 does.
 #
 # ## What is checked
 #
@@ -265,7 +266,8 @@ dh.figures.save(figure, results, "10-boundaries")
 # | 80/20 rule | $H$ | a bound: $\lvert D\rvert\to0$ as $H\to0$ |
 #
 # So REPO, STEER and the quadrants have the sign of $A\,S$, which differs from that of the truth $A\,D$ between
-# $e^{-H}$ and $p^*$. STEER is what of $D$ comes by the token's own logit: $D_k=(1-p_k)S_k-\sum_{i\ne k}p_iS_i$.
+# $e^{-H}$ and $p^*$. STEER has what of $D$ comes by the token's own logit, $D_k=(1-p_k)S_k-\sum_{i\ne k}p_iS_i$, but
+# over $\pi_{\rm old}$: as $\alpha=\eta\,rA$, its score times $\pi$ is that part of the change.
 
 # %%
 bonus, repo, steer = [], [], []
@@ -336,9 +338,9 @@ ledger.holds("10.14", "derived here", "the batch's covariance has the wrong sign
 pd.Series(wrong).map(lambda e: f"{e.value:.1%} ± {e.standard_error:.1%}").to_frame("Σ|A D| with the wrong sign")
 
 # %% [markdown]
-# The covariance of a batch is a fair guide to the largest scores, where an unlikely token is punished, and close to a
-# coin for the rest. What makes it a discriminator is the state's own mean, $\mathbb E_p[\log p]=-H$, which costs
-# nothing once the entropy is there.
+# Over all tokens the sign of a batch's covariance is about as good as a coin's. Clip-Cov and KL-Cov use its largest
+# values alone, two tokens in a thousand or fewer, which this does not judge; chapter 11 does. What makes the covariance
+# a discriminator is the state's own mean, $\mathbb E_p[\log p]=-H$, which costs nothing once the entropy is there.
 #
 # **The 80/20 rule** gives gradients only to the fifth of the tokens with the highest entropy. In terms of $D$ it gives
 # up nothing: the other four fifths hold next to none of $\sum\lvert A\,D\rvert$ <a id="10.15" href="#ledger-10.15">[10.15]</a>.
@@ -388,9 +390,10 @@ pd.DataFrame.from_dict(rows, "index", columns=["tokens", "share with D < 0", "me
 
 # %% [markdown]
 # What CE-GPPO's $\beta_1$ brings back is what the paper says: nearly all of these tokens have $D<0$, and punishing them
-# lowers the entropy of their distributions <a id="10.25" href="#ledger-10.25">[10.25]</a>. Of those that clip-higher
-# lets through about as many have either sign <a id="10.24" href="#ledger-10.24">[10.24]</a>. A token that has just been
-# raised by a fifth is not one of the least likely any more. Chapter 12 goes on from here.
+# lowers the entropy of their distributions <a id="10.25" href="#ledger-10.25">[10.25]</a>. Of those above the range,
+# which clip-higher lets through as far as 1.28, about as many have either sign
+# <a id="10.24" href="#ledger-10.24">[10.24]</a>: half of them have a probability of more than a half, and can hardly have
+# been unlikely before they rose. Chapter 12 goes on from here.
 #
 # ## 5 · What a token does to the whole policy
 #
@@ -507,7 +510,8 @@ for place in lowest:
 # What does dropping them do? The step without them is the step less their part, so the part's effect says it: they lower
 # the entropy, at given prefixes <a id="10.19" href="#ledger-10.19">[10.19]</a> and in full
 # <a id="10.20" href="#ledger-10.20">[10.20]</a>. As a control we take random punished tokens, twenty times as many, in
-# units of one set of outliers: per token they do a small part of that <a id="10.21" href="#ledger-10.21">[10.21]</a>.
+# units of one set of outliers: at given prefixes as many of them do little, and the other way, as most have $D>0$
+# <a id="10.21" href="#ledger-10.21">[10.21]</a>.
 # And the prediction is held against a measurement: the policy is moved along their part, and the change is measured on
 # other prompts <a id="10.22" href="#ledger-10.22">[10.22]</a>.
 
@@ -546,9 +550,9 @@ print(f"outliers: at given prefixes {fixed}, in full {full}; as many random ones
 # rule at its best, and its limit. Of the three quarters that remain, given prefixes see nothing: there, the rest of the
 # step *raises* the entropy. All of its fall comes by way of other prefixes, where no discriminator looks.
 #
-# **Gradient normalisation** is named beside the rules as a stabiliser. It multiplies a step by one number, so that it
-# cannot change which way the entropy goes to first order, only how far. But outliers decide that number: where a trainer clips the
-# gradient's norm, dropping them makes room for the rest.
+# **Gradient normalisation** is named beside the rules as a stabiliser. It multiplies a step of SGD by one number, so
+# that it cannot change which way the entropy goes to first order, only how far. But outliers have a say in that number:
+# where a trainer clips the gradient's norm, dropping them makes room for the rest.
 
 # %%
 def length(v):
@@ -580,7 +584,8 @@ ledger
 # 1. Show that with two tokens $D$ and $S$ have one sign. *Hint:* $S_2=-S_1$, as $\sum_iS_i=0$.
 # 2. Find a distribution of three tokens in which reinforcing a token with $p>e^{-H}$ raises the entropy.
 # 3. Which threshold of Clip_B drops as many tokens as Clip_V with $\mu=2$, and how many have both?
-# 4. Replace the SGD step of section 5 by AdamW's. Do the four ratios still lie close together?
+# 4. Replace the SGD step of section 5 by AdamW's. Do the four ratios still lie close together? *Hint:* `along` has to
+#    multiply each gradient by `direction.preconditioner`, which is 1 for SGD; without that nothing changes.
 # 5. Bound $\lvert D\rvert$ by a function of $H$ that vanishes with $H$. How good is the 80/20 rule's choice by it?
 #
 # ## Further reading

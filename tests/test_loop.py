@@ -10,6 +10,7 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -98,6 +99,56 @@ def test_two_steps_by_hand(objective):
         assert row["reward"] == pytest.approx(rollouts.rewards.mean().item(), rel=1e-6)
         assert row["entropy"] == dh.entropy(old, rollouts, per="token").value
     assert same(policy, by_hand)
+
+
+def test_what_dr_grpo_divides_by_is_no_matter_of_the_longest_response(monkeypatch):
+    own, short = training.sample, []
+
+    def shorter(policy, *arguments, **settings):
+        rollouts = own(policy, *arguments, **settings)
+        keep = torch.arange(rollouts.response_mask.shape[1]) < 3
+        short.append(rollouts.select(slice(None)).replace(
+            input_ids=rollouts.input_ids[:, :rollouts.prompt_length + 3],
+            attention_mask=rollouts.attention_mask[:, :rollouts.prompt_length + 3],
+            response_mask=(rollouts.response_mask & keep)[:, :3]))
+        return short[-1]
+
+    monkeypatch.setattr(training, "sample", shorter)
+    losses = [run(steps=1, objective=objective, minibatches=1, predict_every=None, learning_rate=1e-3)[1]
+              ["gradient_norm"][0] for objective in (
+                  "dr_grpo", objectives.Objective(objectives.dr_grpo, "constant", scale=False, length=7),
+                  objectives.Objective(objectives.dr_grpo, "constant", scale=False, length=14))]
+    assert losses[0] == losses[1] == pytest.approx(2 * losses[2], rel=1e-5)
+
+
+def test_checkpoints_that_differ_after_a_dot_have_logs_of_their_own(tmp_path):
+    for seed, name in enumerate(("lr.0.1", "lr.0.2", "run.safetensors")):
+        run(steps=1, predict_every=None, seed=seed, checkpoint=tmp_path / name)
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {"lr.0.1.jsonl", "lr.0.2.jsonl", "run.jsonl"}
+
+
+def test_functions_without_names_of_their_own_are_told_apart():
+    def weighted(factor):
+        return lambda *given: factor * objectives.grpo(*given)
+
+    one, same_one, other = (checkpoints.described(weighted(factor)) for factor in (1.0, 1.0, 2.0))
+    assert one == same_one != other and one == json.loads(json.dumps(one))
+    first, second = lambda text: text in {"a", "b", "c"}, lambda text: text in {"a", "b", "d"}
+    assert checkpoints.described(first) != checkpoints.described(second)
+    assert checkpoints.described(objectives.grpo) == "deltah.objectives.clipping.grpo"
+    assert checkpoints.described(object()) == "builtins.object"
+
+    def calls_itself(n):
+        return calls_itself(n - 1) if n else 0
+
+    assert checkpoints.described(calls_itself)[-1] == ["calls_itself"]
+
+
+def test_settings_of_numpy_are_stored(tmp_path):
+    clipped = objectives.Objective(functools.partial(objectives.grpo, clip_high=np.float32(0.25)))
+    for steps in (1, 2):
+        _, table = run(steps=steps, predict_every=None, objective=clipped, checkpoint=tmp_path / "run")
+    assert len(table) == 2
 
 
 def test_every_problem_comes_once_before_any_comes_twice():
@@ -317,6 +368,17 @@ def test_a_checkpoint_of_another_run_is_refused(difference, tmp_path):
     assert str(caught.value).startswith(f"checkpoint: '{file}' is of another run: ")
     assert difference in str(caught.value) and len(str(caught.value)) < 700
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before and same(policy, start)
+
+
+def test_of_long_settings_the_refusal_shows_what_differs(tmp_path):
+    for rate, eps in ((3e-3, 1e-8), (3e-3, 2e-8)):
+        policy = random_policy()
+        optimizer = torch.optim.AdamW(policy.parameters.values(), lr=rate, eps=eps)
+        if eps == 1e-8:
+            run(policy, steps=1, predict_every=None, optimizer=optimizer, checkpoint=tmp_path / "run")
+            continue
+        with pytest.raises(ValueError, match='optimizer is .*"eps": 2e-08.*, was .*"eps": 1e-08'):
+            run(policy, steps=1, predict_every=None, optimizer=optimizer, checkpoint=tmp_path / "run")
 
 
 def test_a_policy_that_has_moved_on_is_no_start(tmp_path):
@@ -587,7 +649,7 @@ WRONG = {
     "rows.*: expected an answer": dict(problems=Dataset.from_dict({"prompt": ["a"] * 40, "answer": ["1"] * 39 + [""]}),
                                        reward=None),
     "optimizer: expected it to hold": dict(optimizer=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])),
-    "log: expected another file": dict(checkpoint="run.jsonl", log=None),
+    "log: expected another file": dict(checkpoint="log.jsonl"),
     "checkpoint: no folder": dict(checkpoint="nowhere/run"),
     "log: no folder": dict(log="nowhere/run"),
     "policy: has no tokenizer": dict(policy=lambda: dh.Policy(random_policy().model)),

@@ -121,6 +121,16 @@ def test_a_watched_objective_keeps_what_a_partial_has_set():
     assert metrics.clip_fractions([rollouts], seen)["clipped_positive_above"] == pytest.approx(1 / 11)
 
 
+def test_a_watched_objective_may_have_arguments_ahead_of_the_log_probs():
+    def times(factor, *given):
+        return factor * objectives.grpo(*given)
+
+    rollouts, log_probs, old = clipping_case()
+    seeing, seen = metrics.watched(objectives.Objective(functools.partial(times, 2.0)))
+    assert seeing.loss(log_probs, old, rollouts) == 2 * objectives.find("grpo").loss(log_probs, old, rollouts)
+    assert metrics.clip_fractions([rollouts], seen)["clipped_positive_above"] == pytest.approx(2 / 11)
+
+
 def test_tokens_that_a_loss_leaves_out_count_on_the_side_of_their_ratio():
     rollouts, log_probs, old = clipping_case()
 

@@ -63,6 +63,32 @@ def test_gradients_that_stand_there_take_no_part_and_are_not_written_to():
     assert norm == pytest.approx(0.3, rel=1e-4)
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_old_log_probs_with_a_graph_are_constants(batch_size):
+    """Their gradient would take that of the new ones off, down to nothing at r = 1."""
+    gradients = []
+    for with_graph in (False, True):
+        step = set_up(batch_size=batch_size)
+        old = dh.score(step["policy"], step["rollouts"]).log_probs
+        dh.training.policy_gradient_step(**step | {"old_log_probs": old if with_graph else old.detach()})
+        gradients.append(step["policy"].parameters.values())
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(*gradients, strict=True))
+    assert any(p.grad.any() for p in gradients[1])
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_gradient_by_way_of_collisions_is_refused(batch_size):
+    """In one batch it would be taken, in several lost."""
+    def tsallis(log_probs, old_log_probs, advantages, mask, collisions):
+        return objectives.grpo(log_probs, old_log_probs, advantages, mask) + torch.where(mask, collisions, 0.0)
+
+    step = set_up(objective=objectives.Objective(tsallis), batch_size=batch_size)
+    with pytest.raises(ValueError, match="losses: expected collisions to be constants"):
+        dh.training.policy_gradient_step(**step)
+    with pytest.raises(ValueError, match="losses: expected collisions to be constants"):
+        dh.update_direction(step["policy"], step["rollouts"], step["objective"], step["optimizer"])
+
+
 @pytest.mark.parametrize("objective", sorted(objectives.OBJECTIVES))
 def test_batches_of_a_step_change_nothing(objective):
     steps = []

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
@@ -55,6 +58,9 @@ def configuration(policy: Policy, problems: Dataset, optimizer: Optimizer, setti
 def described(value: Any) -> Any:
     """What a setting is, as JSON has it; functions by their names and what a `functools.partial` has set.
 
+    A lambda, or a function within a function, shares its name with others: of these the code counts too, with its
+    defaults and the numbers, text and tensors that it closes over. What has no other description counts by its kind.
+
     >>> described(functools.partial(sorted, reverse=True))
     ['builtins.sorted', [], {'reverse': True}]
     """
@@ -70,8 +76,27 @@ def described(value: Any) -> Any:
         return [described(x) for x in value]
     if callable(value):
         named = value if hasattr(value, "__qualname__") else type(value)
-        return f"{named.__module__}.{named.__qualname__}"
-    return value
+        name = f"{named.__module__}.{named.__qualname__}"
+        if "<" not in name or not inspect.isfunction(value):
+            return name
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        # Not what functions it closes over do: it may be one of them.
+        bound = [x.__name__ if inspect.isfunction(x) else described(x) for x in cells]
+        return [name, hashlib.sha256(repr(_code(value.__code__)).encode()).hexdigest()[:16],
+                described(value.__defaults__), described(value.__kwdefaults__), bound]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    # Not where in memory it is, which differs between processes.
+    return f"{type(value).__module__}.{type(value).__qualname__}" if " at 0x" in repr(value) else repr(value)
+
+
+def _code(code: CodeType) -> list[Any]:
+    """What a function's code does, the same in every process."""
+    constants = [_code(x) if isinstance(x, CodeType) else sorted(map(repr, x)) if isinstance(x, frozenset) else repr(x)
+                 for x in code.co_consts]
+    return [code.co_code, code.co_names, constants]
 
 
 def save(path: Path, policy: Policy, optimizer: Optimizer, configuration: Mapping[str, Any], steps: int,
@@ -127,14 +152,18 @@ def load(path: Path, policy: Policy, optimizer: Optimizer, configuration: Mappin
 def _check_same(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     differing = [name for name in saved | own if saved.get(name) != own.get(name)]
     if differing:
-        listed = "; ".join(f"{name} is {_short(own.get(name))}, was {_short(saved.get(name))}" for name in differing)
+        listed = "; ".join("{} is {}, was {}".format(name, *_short(own.get(name), saved.get(name)))
+                           for name in differing)
         hint = " (a run is taken up with the policy that it began with)" if "model" in differing else ""
         raise ValueError(f"checkpoint: {str(path)!r} is of another run: {listed}{hint}")
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _short(*values: Any) -> list[str]:
+    """Values as text, of long ones the part where they begin to differ."""
+    texts = [json.dumps(value, ensure_ascii=False) for value in values]
+    start = max(0, len(os.path.commonprefix(texts)) - 20) if max(map(len, texts)) > 80 else 0
+    return [("..." if start else "") + (text if len(text) <= 80 else text[:77] + "...")
+            for text in (text[start:] for text in texts)]
 
 
 def _split(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -140,10 +140,12 @@ def watched(objective: Objective) -> tuple[Objective, list[tuple[Tensor, Tensor]
     seen: list[tuple[Tensor, Tensor]] = []
     partial = objective.losses if isinstance(objective.losses, functools.partial) else functools.partial(
         objective.losses)
+    ahead = len(partial.args)
 
     @functools.wraps(partial.func)
-    def losses(log_probs: Tensor, old_log_probs: Tensor, *rest: Any, **more: Any) -> Tensor:
-        found = partial.func(log_probs, old_log_probs, *rest, **more)
+    def losses(*given: Any, **more: Any) -> Tensor:
+        found = partial.func(*given, **more)
+        log_probs, old_log_probs = given[ahead:ahead + 2]
         (slope,) = torch.autograd.grad(found.sum(), log_probs, retain_graph=True, materialize_grads=True)
         seen.append((slope == 0, log_probs < old_log_probs))
         return found

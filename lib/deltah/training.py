@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ def train(policy: Policy, problems: Dataset, objective: str | Objective = "grpo"
         policy: any policy with a tokenizer; its trainable parameters change, those of adapters alone where only they
             train.
         problems: a Dataset with a column `prompt`, and what the reward reads.
-        objective: a name of `objectives.OBJECTIVES`, or an `objectives.Objective`.
+        objective: a name of `objectives.OBJECTIVES`, or an `objectives.Objective`. The constant that Dr. GRPO divides
+            by is `max_new_tokens`, unless the objective has another `length`.
         steps: in all, those of a checkpoint included.
         prompts_per_step, responses_per_prompt: of a batch; `minibatches` has to divide the prompts.
         minibatches: optimizer steps that a batch is cut for.
@@ -67,7 +69,8 @@ def train(policy: Policy, problems: Dataset, objective: str | Objective = "grpo"
         max_gradient_norm: > 0, the norm to clip gradients to; None: they are left.
         checkpoint: a file to write, and to take up where it is there; None: nothing is kept.
         checkpoint_every: steps between writing it; it is written at the end too.
-        log: a file of JSON lines, one for each record, written anew; None: beside the checkpoint.
+        log: a file of JSON lines, one for each record, written anew; None: beside the checkpoint, run.jsonl beside
+            run.safetensors and run.a.jsonl beside run.a.
         log_every: steps between records, each of which takes two forward passes over the batch, for `kl`.
         predict_every: steps between predictions and measurements of what a step does to the entropy, which cost about
             half as much as a step; None: there are none.
@@ -121,14 +124,19 @@ def train(policy: Policy, problems: Dataset, objective: str | Objective = "grpo"
     sampling = {"max_new_tokens": checks.integer("max_new_tokens", max_new_tokens, minimum=1),
                 "temperature": checked_temperature(temperature),
                 "chat": None if chat is None else checks.boolean("chat", chat)}
+    if objective.aggregation == "constant" and objective.length is None:
+        # The width of a batch is that of its longest response, and no constant.
+        objective = replace(objective, length=sampling["max_new_tokens"])
     batch_size = None if batch_size is None else checks.integer("batch_size", batch_size, minimum=1)
     checkpoint_every = checks.integer("checkpoint_every", checkpoint_every, minimum=1)
     log_every, seed = checks.integer("log_every", log_every, minimum=1), checks.integer("seed", seed, minimum=0)
     if find_reward(reward, list(problems)) is None:
         raise ValueError("reward: expected a function or a name, as the problems have no column 'answer'; got None")
     path, log = _file("checkpoint", checkpoint), _file("log", log)
-    log = path.with_suffix(".jsonl") if log is None and path is not None else log
-    if path is not None and log == path:
+    if log is None and path is not None:
+        # Only a suffix that says nothing is left out: runs in lr.0.1 and lr.0.2 have two logs.
+        log = path.with_name(f"{path.name.removesuffix('.safetensors')}.jsonl")
+    if path is not None and log.resolve() == path.resolve():
         raise ValueError(f"log: expected another file than the checkpoint's, got {str(log)!r}")
     reporters = find_reporters(report_to)
     if optimizer is None:

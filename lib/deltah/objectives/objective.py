@@ -74,7 +74,8 @@ class Objective:
             those in `EXTRAS`, it is given, unless a partial has set it.
         aggregation: how `aggregate` makes one number of the per-token losses.
         scale: whether `group_advantages` divides by the group's standard deviation.
-        length: the constant of `aggregate`, ≥ 1; None: the width of the batch.
+        length: the constant of `aggregate`, ≥ 1; None: the width of the batch, which its longest response decides;
+            `training.train` puts its `max_new_tokens` there.
         dropped: which tokens leave the mask, for losses and aggregation alike: `clip_b_tokens`, or another function
             of (log_probs, advantages, mask), and of extras by name, to [N, T] bool. None: none do. A mean over
             sequences asks that each keeps a token.
@@ -123,7 +124,7 @@ class Objective:
         """The scalar that a trainer minimises, from log-probs [N, T]; with A from the rewards if not given.
 
         Statistics of a batch, and the tokens that are chosen by them, are those of these rollouts and constants of the
-        differentiation.
+        differentiation; so are the old log-probs, and the collisions and their log-probs.
 
         Args:
             log_probs, old_log_probs: [N, T] in nats.
@@ -136,7 +137,8 @@ class Objective:
         Raises:
             TypeError: something that is not a tensor, or no Rollouts. ValueError: rollouts with neither advantages nor
                 rewards, shapes that do not fit, numbers that are NaN or infinite, something missing that the objective
-                needs, or tokens selected for one that selects none.
+                needs, tokens selected for one that selects none, or losses that would pass a gradient on to collisions
+                or their log-probs.
         """
         checks.instance("rollouts", rollouts, Rollouts)
         checks.tensor("log_probs", log_probs, kind="floating")
@@ -147,7 +149,8 @@ class Objective:
                 raise ValueError("rollouts: expected advantages, got None, and no rewards to make them from; fill "
                                  "either in with rollouts.replace(advantages=...)")
             advantages = group_advantages(rollouts.rewards, rollouts.prompt_index, self.scale)
-        advantages, old_log_probs = advantages.to(log_probs), old_log_probs.to(log_probs)
+        # The old policy is no function of the parameters, even where its log-probs come with a graph.
+        advantages, old_log_probs = advantages.to(log_probs), old_log_probs.detach().to(log_probs)
         mask, needs = rollouts.response_mask.to(log_probs.device), self.needs
         if selected is not None:
             if self.dropped is None and "selected" not in needs:
@@ -158,6 +161,8 @@ class Objective:
                             ("collision_log_probs", collision_log_probs)):
             if name in needs:
                 extras[name] = checks.tensor(name, value, kind="floating").to(log_probs)
+                if name != "entropies":
+                    extras[name] = extras[name].detach().requires_grad_(torch.is_grad_enabled())
         if self.dropped is not None:
             if selected is None:
                 own = {name: extras[name] for name in _asked(self.dropped)}
@@ -165,11 +170,23 @@ class Objective:
             mask = mask & ~checks.tensor("dropped", selected, mask.shape, kind="boolean")
         own = {name: extras[name] for name in _asked(self.losses)}
         losses = self.losses(log_probs, old_log_probs, advantages, mask, **own)
-        return aggregate(losses, mask, self.aggregation, self.length)
+        loss = aggregate(losses, mask, self.aggregation, self.length)
+        _check_constant(loss, {name: own[name] for name in EXTRAS[1:3] if name in own})
+        return loss
 
 
 # What a method may ask for beyond log-probs, advantages and the mask, by the names of its arguments.
 EXTRAS = ("entropies", "collisions", "collision_log_probs", "seed", "selected")
+
+
+def _check_constant(loss: Tensor, moments: dict[str, Tensor]) -> None:
+    """Raise ValueError where the loss has a derivative by a moment, which no update would follow."""
+    for name, x in moments.items():
+        if loss.requires_grad and x.requires_grad:
+            slope, = torch.autograd.grad(loss, x, retain_graph=True, allow_unused=True)
+            if slope is not None and slope.any():
+                raise ValueError(f"losses: expected {name} to be constants of the differentiation, as gradients go by "
+                                 "way of log-probs and entropies alone, got a loss that changes with them")
 
 
 def _asked(function: Callable | None) -> tuple[str, ...]:
