@@ -17,9 +17,9 @@
 # # 10 · Token discriminators
 #
 # Reinforcing one token changes the entropy of the distribution that it was drawn from, and to first order that
-# distribution alone tells whether up or down, and how far. This chapter settles which discriminator is exact for which step, which of
-# the published scores are the same thing in other words, and what dropping the tokens that it points at does to the
-# entropy of a transformer.
+# distribution alone tells whether up or down, and how far. This chapter settles which discriminator is exact for which
+# step, which of the published scores are the same thing in other words, and what dropping the tokens that it points at
+# does to the entropy of a transformer.
 #
 # ## In short
 #
@@ -32,8 +32,8 @@
 #   token must be likelier than $p^*=e^{-H+W}\ge e^{-H}$ to lower the entropy [10.8](#ledger-10.8). On the shipped policy
 #   that matters little: $e^{-H}$ gets the sign wrong for 0.7 ± 0.2% of $\sum|A\,D|$ [10.13](#ledger-10.13).
 # - **A covariance over the batch is no discriminator of sign.** Centred by the batch's mean of $\log p$, as Clip-Cov and
-#   KL-Cov have it, the sign is wrong for 48.2 ± 2.5% of $\sum|A\,D|$ [10.14](#ledger-10.14). That is of all tokens; the
-#   methods act on the few of the largest covariance (chapter 11).
+#   KL-Cov have it, the sign is wrong for 48.2 ± 2.5% of $\sum|A\,D|$ [10.14](#ledger-10.14). That is of all tokens; of
+#   the few with the largest covariance, which the methods act on, most do lower the entropy [10.26](#ledger-10.26).
 # - **$D$ sees parts, not the sum.** Split by the signs of $A$ and $D$, each part of a step moves the entropy of other
 #   prompts' tokens as $D$ says, at given prefixes [10.16](#ledger-10.16). There the parts cancel; the step's fall of
 #   0.017 ± 0.002 nats a token per unit of $\eta$ comes by other prefixes [10.18](#ledger-10.18).
@@ -53,6 +53,7 @@
 # | the same as the covariance law; $\mathbb E[S]$; the moved boundary | own | holds [10.6](#ledger-10.6) [10.7](#ledger-10.7) [10.8](#ledger-10.8) |
 # | entropy bonus, REPO and STEER in terms of $S$ | own | holds [10.9](#ledger-10.9) [10.10](#ledger-10.10) [10.11](#ledger-10.11) |
 # | $e^{-H}$ is good enough; the batch's covariance is not | own | holds [10.13](#ledger-10.13) [10.14](#ledger-10.14) |
+# | tokens of the highest covariance lower the entropy | 2505.22617 | holds [10.26](#ledger-10.26) |
 # | the 80/20 rule gives nothing up | own | holds [10.15](#ledger-10.15) |
 # | what is clipped with $A>0$ raises the entropy | 2509.20712 | not decided by these data [10.24](#ledger-10.24) |
 # | what is clipped with $A<0$ lowers it | 2509.20712 | holds [10.25](#ledger-10.25) |
@@ -158,29 +159,36 @@ print(f"{len(tables)} distributions, entropies from {low:.2g} to {high:.2g} nats
 # clipped <a id="10.4" href="#ledger-10.4">[10.4]</a>. We let the library's loss say what $\delta z$ is.
 
 # %%
-gaps, grpo_gaps, without_ratio = [], [], []
+# A, log r and whether GRPO's clip leaves the token its gradient
+cases = [(-1.3, 0.15, True), (0.7, -0.4, True), (0.7, 0.3, False), (-1.3, -0.4, False)]
+gaps, grpo_gaps, without_ratio, without_clip = [], [], [], []
 for (z, k), S, slope in zip(tables, S_of, slopes, strict=True):
-    p, A, old = z.softmax(0), torch.tensor([-1.3]), z.log_softmax(0)[k] - 0.15
-    gaps.append(slope @ (torch.eye(len(z), dtype=z.dtype)[k] - p) + S[k] - p @ S)
-    leaf = z.clone().requires_grad_()
-    loss = dh.objectives.grpo(leaf.log_softmax(0)[k].view(1, 1), old.view(1, 1), A, torch.ones(1, 1, dtype=torch.bool))
-    step, = torch.autograd.grad(-loss.sum(), leaf)
-    ratio = float(np.exp(0.15))
-    grpo_gaps.append(slope @ step + ratio * float(A) * (S[k] - p @ S))
-    without_ratio.append(slope @ step + float(A) * (S[k] - p @ S))
-largest = [max(abs(float(x)) for x in values) for values in (gaps, grpo_gaps, without_ratio)]
+    D_k = S[k] - z.softmax(0) @ S
+    gaps.append(slope @ (torch.eye(len(z), dtype=z.dtype)[k] - z.softmax(0)) + D_k)
+    for A, log_r, kept in cases:
+        leaf = z.clone().requires_grad_()
+        log_p = leaf.log_softmax(0)[k].view(1, 1)
+        A_k, mask = torch.tensor([A], dtype=z.dtype), torch.ones(1, 1, dtype=torch.bool)
+        loss = dh.objectives.grpo(log_p, log_p.detach() - log_r, A_k, mask)
+        change = slope @ torch.autograd.grad(-loss.sum(), leaf)[0]
+        for found, alpha in ((grpo_gaps, kept * np.exp(log_r) * A), (without_ratio, kept * A),
+                             (without_clip, np.exp(log_r) * A)):
+            found.append(change + alpha * D_k)
+
+# %%
+largest = [max(abs(float(x)) for x in values) for values in (gaps, grpo_gaps, without_ratio, without_clip)]
 uncentred = max(abs(float(z.softmax(0) @ S)) for (z, _), S in zip(tables, S_of, strict=True))
 ledger.holds("10.3", "abstract", "a policy-gradient step α on token k: δH = −α (S_k − E[S]) (largest gap)",
              measured=largest[0], expected=0, tolerance=1e-10, rules_out={"−α S_k": uncentred})
-ledger.holds("10.4", "abstract", "the same for GRPO, with α = η r A (largest gap)", measured=largest[1], expected=0,
-             tolerance=1e-10, rules_out={"α = η A": largest[2]})
+ledger.holds("10.4", "abstract", "the same for GRPO, with α = η r A, and 0 where it clips (largest gap)", expected=0,
+             measured=largest[1], tolerance=1e-10, rules_out={"α = η A": largest[2], "no clip": largest[3]})
 
 # %% [markdown]
 # Three things follow at once.
 #
 # **The policy's average vanishes.** $\mathbb E_{k\sim p}[D_k]=0$: reinforcing whatever the policy draws, with one
 # advantage for all, leaves the entropy where it is, to first order <a id="10.5" href="#ledger-10.5">[10.5]</a>. What
-# changes it is the covariance of advantage and discriminator,
+# changes it is the covariance of advantage and discriminator (for $D$ we take the library's, made of moments),
 #
 # $$ \frac{\delta H}{\eta}=-\mathbb E_{k\sim p}[A_kD_k]=-\mathrm{Cov}_p(A,S)=-\mathrm{Cov}_p\big(\log p,\,p\,(A-\mathbb
 #    E[A])\big), $$
@@ -199,31 +207,37 @@ ledger.holds("10.4", "abstract", "the same for GRPO, with α = η r A (largest g
 # likeliest token never does: $S$ is largest there, and so no less than its mean.
 
 # %%
-averages, one_formula, covariances, roots, plain_boundary = [], [], [], [], []
+def scores_of_all(z):
+    """The library's scores of every token of a distribution, as [1, V]."""
+    log_p = z.log_softmax(0)
+    moments = (entropy(z), log_p.exp().square().sum(), log_p.exp().square() @ log_p)
+    return dh.TokenScores(log_p[None], *(x.expand(1, len(z)) for x in moments))
+
+
+averages, one_formula, uncentred_law, covariances, roots = [], [], [], [], []
 for (z, _), S in zip(tables, S_of, strict=True):
     p, log_p, H = z.softmax(0), z.log_softmax(0), entropy(z)
-    mean_S = p @ S
-    averages.append(p @ (S - mean_S))
-    A = torch.randn(len(z), generator=generator, dtype=torch.float64)
-    law = p @ (log_p * p * (A - p @ A)) - (p @ log_p) * (p @ (p * (A - p @ A)))
-    one_formula.append(p @ (A * (S - mean_S)) - law)
+    mean_S, A = p @ S, 0.5 + torch.randn(len(z), generator=generator, dtype=torch.float64)
+    D = SCORES["d"](scores_of_all(z), log_p[None], A[None], torch.ones(1, len(z), dtype=torch.bool))[0]
+    averages.append(p @ D)
+    for found, x in ((one_formula, A - p @ A), (uncentred_law, A)):
+        found.append(p @ (A * D) - (p @ (log_p * p * x) - (p @ log_p) * (p @ (p * x))))
     covariances.append(mean_S - (p @ (p * log_p) - (p @ p) * (p @ log_p)))
     boundary = torch.exp(-H + float(lambertw(float(mean_S * H.exp())).real))
     roots.append(boundary * (H + boundary.log()) - mean_S)
-    plain_boundary.append(-mean_S)
-worst = {name: max(abs(float(x)) for x in values) for name, values in {
-    "average": averages, "law": one_formula, "mean": covariances, "root": roots, "e^−H": plain_boundary}.items()}
+lists = {"average": averages, "law": one_formula, "uncentred": uncentred_law, "mean": covariances, "root": roots}
+worst = {name: max(abs(float(x)) for x in values) for name, values in lists.items()}
 
 # %%
 ledger.holds("10.5", "abstract", "the policy's average of D vanishes (largest)", measured=worst["average"], expected=0,
              tolerance=1e-12, rules_out={"of S": uncentred})
 ledger.holds("10.6", "derived here", "−E[A D] is the covariance law −Cov(log p, p (A − E[A])) (largest gap)",
-             source="deltah", measured=worst["law"], expected=0, tolerance=1e-10, rules_out={"nothing": max(
-                 abs(float(z.softmax(0) @ S.abs())) for (z, _), S in zip(tables, S_of, strict=True))})
-ledger.holds("10.7", "derived here", "E[S] = Cov(p, log p), which is never negative (largest gap)", source="deltah",
-             measured=worst["mean"], expected=0, tolerance=1e-12, rules_out={"E[S] = 0": uncentred})
+             source="deltah", measured=worst["law"], expected=0, tolerance=1e-10,
+             rules_out={"−Cov(log p, p A)": worst["uncentred"]})
+ledger.holds("10.7", "derived here", "E[S] = Cov(p, log p) (largest gap)", source="deltah", measured=worst["mean"],
+             expected=0, tolerance=1e-12, rules_out={"E[S] = 0": uncentred})
 ledger.holds("10.8", "derived here", "D = 0 at p* = exp(−H + W₀(E[S] e^H)) (largest D there)", source="deltah",
-             measured=worst["root"], expected=0, tolerance=1e-12, rules_out={"at e^−H": worst["e^−H"]})
+             measured=worst["root"], expected=0, tolerance=1e-12, rules_out={"at e^−H": uncentred})
 
 # %% [markdown]
 # Where do the two boundaries part? Take distributions in which each token has a fixed fraction $q$ of the probability of
@@ -270,21 +284,30 @@ dh.figures.save(figure, results, "10-boundaries")
 # over $\pi_{\rm old}$: as $\alpha=\eta\,rA$, its score times $\pi$ is that part of the change.
 
 # %%
-bonus, repo, steer = [], [], []
+gaps = {"10.9": [], "10.10": [], "10.11": []}
+rivals = {"10.9": [], "10.10": [], "10.11": []}
 for (z, k), S, slope in zip(tables, S_of, slopes, strict=True):
-    p, log_p, H = z.softmax(0), z.log_softmax(0), entropy(z)
-    bonus.append(slope @ -S - S.square().sum())
-    scored = dh.TokenScores(*(x.view(1, 1) for x in (log_p[k], H, p @ p, (p * p) @ log_p)))
-    one, mask, old = torch.ones(1, dtype=z.dtype), torch.ones(1, 1, dtype=torch.bool), log_p[k].view(1, 1)
-    repo.append(float(SCORES["repo"](scored, old, one, mask) - S[k] / p[k]))
-    steer.append(float(SCORES["steer"](scored, old, one, mask) - (1 - p[k]) / p[k] * S[k]))
-for id, name, gap_of, source, rival in (
-        ("10.9", "an entropy bonus changes H by +β Σ S²", bonus, "deltah", {"nothing": max(
-            float(S.square().sum()) for S in S_of)}),
-        ("10.10", "REPO's score is A S / p", repo, "deltah", None),
-        ("10.11", "STEER's score is (A/π_old) (1 − p) S", steer, "deltah", None)):
-    ledger.holds(id, "derived here", f"{name} (largest gap)", source=source, expected=0, tolerance=1e-9,
-                 measured=max(abs(float(x)) for x in gap_of), rules_out=rival)
+    A, one, mask = torch.tensor([-1.3], dtype=z.dtype), (1, 1), torch.ones(1, 1, dtype=torch.bool)
+    leaf = z.clone().requires_grad_()
+    log_p, beta = leaf.log_softmax(0)[k].view(one), 0.2
+    loss = dh.objectives.entropy_bonus(log_p, log_p.detach(), 0 * A, mask, entropy(leaf).view(one), beta=beta)
+    change = slope @ torch.autograd.grad(-loss.sum(), leaf)[0]
+    scored, old = dh.TokenScores(*(x[:, k:k + 1] for x in scores_of_all(z))), log_p.detach() - 0.15
+    p_k, p_old = log_p.detach().exp(), old.exp()
+    repo, steer = (float(SCORES[name](scored, old, A, mask)) for name in ("repo", "steer"))
+    for id, found, right, rival in (("10.9", change, beta * S.square().sum(), 0.0),
+                                    ("10.10", repo, A * S[k] / p_k, A * S[k]),
+                                    ("10.11", steer, A / p_old * (1 - p_k) * S[k], A / p_k * (1 - p_k) * S[k])):
+        gaps[id].append(abs(float(found - right)))
+        rivals[id].append(abs(float(found - rival)))
+
+# %%
+statements = {"10.9": ("the library's entropy bonus changes H by β Σ S²", "nothing"),
+              "10.10": ("REPO's score is A S / p", "A S"),
+              "10.11": ("STEER's score is (A/π_old) (1 − p) S", "with π for π_old")}
+for id, (statement, rival) in statements.items():
+    ledger.holds(id, "derived here", f"{statement} (largest gap)", source="deltah", expected=0, tolerance=1e-9,
+                 measured=max(gaps[id]), rules_out={rival: max(rivals[id])})
 
 # %% [markdown]
 # ## 4 · The shipped policy's tokens
@@ -334,13 +357,33 @@ ledger.holds("10.12", "abstract", "the batch's average of D vanishes (nats a tok
 ledger.holds("10.13", "derived here", "REPO's sign is wrong for little of Σ|A D| (share)", source="deltah",
              measured=wrong["repo"], expected=(0.0, 0.05), rules_out={"a tenth": 0.1})
 ledger.holds("10.14", "derived here", "the batch's covariance has the wrong sign for more of Σ|A D| (share)",
-             source="deltah", measured=wrong["covariance"], expected=(0.25, 1.0), rules_out={"a tenth": 0.1})
+             source="deltah", measured=wrong["covariance"], expected=(0.25, 1.0), rules_out={
+                 "REPO's": wrong["repo"].value})
 pd.Series(wrong).map(lambda e: f"{e.value:.1%} ± {e.standard_error:.1%}").to_frame("Σ|A D| with the wrong sign")
 
 # %% [markdown]
 # Over all tokens the sign of a batch's covariance is about as good as a coin's. Clip-Cov and KL-Cov use its largest
-# values alone, two tokens in a thousand or fewer, which this does not judge; chapter 11 does. What makes the covariance
-# a discriminator is the state's own mean, $\mathbb E_p[\log p]=-H$, which costs nothing once the entropy is there.
+# values alone. There it does point at tokens that lower the entropy of their distribution
+# <a id="10.26" href="#ledger-10.26">[10.26]</a>, if at fewer of them than the same number by REPO's score.
+
+# %%
+def lowering(name, share):
+    """Of the tokens with the largest scores, the share that lowers the entropy of its distribution, A D > 0."""
+    scored = score_of[name].masked_fill(~mask, -torch.inf).flatten()
+    top = torch.zeros_like(mask).flatten().index_fill(0, scored.topk(int(share * mask.sum())).indices, True).view_as(mask)
+    return dh.Estimate.ratio((top & (truth > 0)).double().sum(1), top.double().sum(1), prompt)
+
+
+top = {name: [lowering(name, share) for share in (0.002, 0.02)] for name in ("covariance", "repo")}
+ledger.holds("10.26", "method", "tokens of the highest covariance lower the entropy (share of the top 2% with A D > 0)",
+             source="arXiv 2505.22617", measured=top["covariance"][1], expected=(0.5, 1.0), rules_out={"a coin": 0.5})
+pd.DataFrame.from_dict({name: [f"{e.value:.0%} ± {e.standard_error:.0%}" if e.standard_error > 0.005 else f"{e.value:.0%}"
+                               for e in found] for name, found in top.items()}, "index",
+                       columns=["top 0.2%", "top 2%"]).rename_axis("share that lowers H")
+
+# %% [markdown]
+# What makes the covariance a discriminator everywhere is the state's own mean, $\mathbb E_p[\log p]=-H$, which costs
+# nothing once the entropy is there.
 #
 # **The 80/20 rule** gives gradients only to the fifth of the tokens with the highest entropy. In terms of $D$ it gives
 # up nothing: the other four fifths hold next to none of $\sum\lvert A\,D\rvert$ <a id="10.15" href="#ledger-10.15">[10.15]</a>.
