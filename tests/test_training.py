@@ -43,6 +43,16 @@ def set_up(**settings):
             "optimizer": torch.optim.AdamW(policy.parameters.values(), lr=0.01)} | settings
 
 
+def test_an_optimizer_of_other_parameters_too_is_refused_and_moves_none_of_them():
+    arguments, other = set_up(), torch.nn.Parameter(torch.ones(2))
+    other.grad = torch.ones(2)
+    arguments["optimizer"].add_param_group({"params": [other]})
+    own = len(arguments["policy"].parameters)
+    with pytest.raises(ValueError, match=f"of {own + 1} trainable ones that it holds, {own} are the policy's"):
+        dh.training.policy_gradient_step(**arguments)
+    assert torch.equal(other, torch.ones(2))
+
+
 def test_gradients_that_stand_there_take_no_part_and_are_not_written_to():
     clean, dirty = (set_up(max_gradient_norm=0.3) for _ in range(2))
     for each in (clean, dirty):

@@ -25,7 +25,7 @@ from deltah.rewards import Reward, find_reward
 from deltah.rollouts import Rollouts, checked_temperature
 from deltah.sampling import sample
 from deltah.scoring import batches, score, weighted_gradient
-from deltah.updates import check_old, loss_and_weights
+from deltah.updates import check_old, groups_of, loss_and_weights
 
 
 @torch.inference_mode(False)
@@ -141,7 +141,7 @@ def train(policy: Policy, problems: Dataset, objective: str | Objective = "grpo"
     reporters = find_reporters(report_to)
     if optimizer is None:
         optimizer = torch.optim.AdamW(policy.parameters.values(), lr=learning_rate)
-    _check_holds(checks.instance("optimizer", optimizer, Optimizer, "a torch optimizer"), policy)
+    groups_of(policy, checks.instance("optimizer", optimizer, Optimizer, "a torch optimizer"))
 
     done, records, run = 0, [], {}
     if path is not None:
@@ -255,12 +255,6 @@ def _file(name: str, path: str | Path | None) -> Path | None:
     return path
 
 
-def _check_holds(optimizer: Optimizer, policy: Policy) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(p) in held for p in policy.parameters.values()):
-        raise ValueError("optimizer: expected it to hold parameters of the policy, got none of them")
-
-
 @torch.inference_mode(False)
 def policy_gradient_step(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor, objective: str | Objective,
                          optimizer: Optimizer, max_gradient_norm: float | None = None, seed: int = 0,
@@ -288,8 +282,8 @@ def policy_gradient_step(policy: Policy, rollouts: Rollouts, old_log_probs: Tens
 
     Raises:
         TypeError: an argument of the wrong kind. ValueError: an unknown objective, rollouts without advantages and
-            rewards, an optimizer that holds none of the policy's parameters, a number that is NaN, infinite or out of
-            range, or a gradient that is not finite.
+            rewards, an optimizer that holds none of the policy's parameters, or others too, a number that is NaN or out
+            of range, or a gradient that is not finite.
 
     >>> optimizer = torch.optim.AdamW(policy.parameters.values(), lr=1e-5)             # doctest: +SKIP
     >>> policy_gradient_step(policy, rollouts, old_log_probs, "gspo", optimizer)       # doctest: +SKIP
@@ -301,7 +295,7 @@ def policy_gradient_step(policy: Policy, rollouts: Rollouts, old_log_probs: Tens
     limit = None if max_gradient_norm is None else checks.number("max_gradient_norm", max_gradient_norm, above=0)
     objective = find(objective)
     check_old(old_log_probs, rollouts)
-    _check_holds(optimizer, policy)
+    groups_of(policy, optimizer)
     batch_size = None if batch_size is None else checks.integer("batch_size", batch_size, minimum=1)
     return _step(policy, rollouts, old_log_probs, objective, optimizer, limit, seed, selected, batch_size)[0]
 

@@ -161,7 +161,7 @@ def update_direction(policy: Policy, rollouts: Rollouts, objective: str | Object
     checks.instance("policy", policy, Policy)
     checks.instance("rollouts", rollouts, Rollouts)
     objective, optimizer = find(objective), unwrapped(optimizer)
-    rule, groups = rule_of(optimizer), _groups(policy, optimizer)
+    rule, groups = rule_of(optimizer), groups_of(policy, optimizer)
     limit = None if max_gradient_norm is None else checks.number("max_gradient_norm", max_gradient_norm, above=0)
     batch_size = None if batch_size is None else checks.integer("batch_size", batch_size, minimum=1)
     made_at, rollouts = state_of(policy), rollouts.to(policy.device)
@@ -239,8 +239,12 @@ def vector_of(policy: Policy, direction: Direction | Mapping[str, Tensor],
     return vector
 
 
-def _groups(policy: Policy, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's parameter group of each of the policy's parameters that it holds."""
+def groups_of(policy: Policy, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """The optimizer's parameter group of each of the policy's parameters that it holds.
+
+    Raises:
+        ValueError: it holds none of them, or others that train: a step would move those by what their `.grad` holds.
+    """
     of = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     groups = {name: of[id(p)] for name, p in policy.parameters.items() if id(p) in of}
     if len(groups) < len(of) or not groups:
