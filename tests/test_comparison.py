@@ -140,7 +140,7 @@ def test_each_decimal_of_the_stored_outputs_is_held_to_its_last_digit(notebook):
     """Moved by one unit it passes, by two it does not, nor with another sign; arXiv numbers and ids are names."""
     lines, decimals = {line for _, text, _ in outputs(notebook) for line in text.splitlines()}, 0
     for line in lines:
-        for match in re.finditer(r"(?<![\w.,])(?<!arXiv )(?!0\d)\d+\.\d+(?![\w.,])", line):
+        for match in re.finditer(r"(?<![\w.,#])(?<!arXiv )(?<!ledger-)(?<!\">)(?!0\d)\d+\.\d+(?![\w.,])", line):
             decimals += 1
             unit = 10.0 ** -len(match[0].partition(".")[2])
             for by, same in ((1, True), (2, False)):
@@ -151,6 +151,10 @@ def test_each_decimal_of_the_stored_outputs_is_held_to_its_last_digit(notebook):
             if sign in ("+", "-", "−") and float(match[0]):
                 changed = line[:match.start() - 1] + ("-" if sign == "+" else "+") + line[match.start():]
                 assert differences(line, changed), f"the sign of {match[0]} in {line}"
+        for match in re.finditer(r"(?<=ledger-)\d+\.\d+|(?<=#)\d+\.\d+|(?<=\">)\d+\.\d+(?=</a>)", line):
+            assert differences(line, f"{line[:match.start()]}{match[0]}1{line[match.end():]}"), f"{match[0]} in {line}"
+            moved = match[0][:-1] + later(match[0][-1])
+            assert differences(line, line[:match.start()] + moved + line[match.end():]), f"{match[0]} in {line}"
     assert decimals
 
 
