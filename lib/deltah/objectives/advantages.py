@@ -18,7 +18,8 @@ def group_advantages(rewards: Tensor, prompt_index: Tensor, scale: bool = True) 
             implementations do; Dr. GRPO (arXiv 2503.20783) does not.
 
     Returns:
-        [N] advantages in the rewards' dtype, computed in float64; exactly 0 in a group where all rewards are equal.
+        [N] advantages in the rewards' dtype, computed in float64; exactly 0 in a group where all rewards are equal, so
+        in a group of one. verl has this denominator too, and gives a group of one its reward; TRL has std + 1e-4.
 
     Raises:
         TypeError: rewards or prompt_index that are not tensors of numbers, or of integers.
