@@ -261,7 +261,7 @@ def clipped_by_ratio(ratio: Tensor, advantages: Tensor, clip_low: float, clip_hi
 
 
 def clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float,
-             dual_clip: float | None = None) -> Tensor:
+            dual_clip: float | None = None) -> Tensor:
     """The clipped surrogate as a loss, of log-ratios in nats."""
     outside, bound = clipped_by_ratio(ratio, advantages, clip_low, clip_high)
     weight = torch.where(outside, bound, ratio.detach().exp())
